@@ -1,0 +1,333 @@
+"""The configuration tree: frozen, typed, validated once, never changed afterwards.
+
+Every field says what it means and its unit; `maxlm config --fields` prints them all. Files and
+`a.b=c` overrides are read in `config_file.py`. What depends on the data or the devices at hand is
+checked where they are known (`mesh.resolve`, `data.store.open_stores`), with the same kind of error.
+"""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what it is called."""
+
+    name: str = Field("run", description="Name of the run; its folder is root/name.", pattern=r"^[A-Za-z0-9][\w.\-]*$")
+    root: str = Field("runs", description="Folder or bucket (gs://, s3://) that holds runs.")
+
+
+class ModelConfig(Section):
+    """The decoder transformer. Model families are values of these fields, not code."""
+
+    vocab_size: Positive = Field(description="Token ids the tokenizer may emit, as a count.")
+    vocab_multiple: Positive = Field(
+        128, description="Embedding rows are padded to this multiple so that they shard; padding is masked in the loss."
+    )
+    num_layers: Positive = Field(description="Transformer blocks, as a count.")
+    d_model: Positive = Field(description="Width of the residual stream, in features.")
+    d_ff: Positive = Field(description="Hidden width of the MLP, in features.")
+    num_heads: Positive = Field(description="Query heads, as a count.")
+    num_kv_heads: Positive | None = Field(None, description="Key/value heads (GQA); null means num_heads.")
+    head_dim: Positive | None = Field(None, description="Features per head; null means d_model / num_heads.")
+
+    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm or LayerNorm.")
+    norm_position: Literal["pre", "post", "both"] = Field(
+        "pre", description="Normalize a sublayer's input (pre), its output before it is added (post), or both."
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every norm.")
+    norm_bias: bool = Field(False, description="LayerNorm has a bias.")
+    norm_offset: bool = Field(False, description="The norm's weight is stored as an offset from one (Gemma).")
+    qk_norm: bool = Field(False, description="Normalize queries and keys per head before attention.")
+
+    position: Literal["rope", "learned", "none"] = Field("rope", description="Position encoding.")
+    rope_theta: float = Field(10_000.0, gt=0, description="RoPE base wavelength, in tokens / 2 pi.")
+    rope_theta_local: float | None = Field(None, gt=0, description="RoPE base of local layers; null means rope_theta.")
+    rope_fraction: float = Field(1.0, gt=0, le=1, description="Share of each head's features that RoPE rotates.")
+    max_positions: Positive | None = Field(
+        None, description="Rows of the learned position table, in tokens; needed when position=learned."
+    )
+
+    mlp: Literal["gated", "plain"] = Field("gated", description="Gated (SwiGLU-like) or two-matrix MLP.")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = Field(
+        "silu", description="MLP nonlinearity; gelu is exact, gelu_tanh its approximation, relu2 the squared ReLU."
+    )
+    mlp_bias: bool = Field(False, description="Biases on the MLP's matrices.")
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        "none", description="Biases on the query/key/value projections, or on the output projection as well."
+    )
+
+    layer_pattern: tuple[Literal["global", "local"], ...] = Field(
+        ("global",), description="Kinds of layers, repeated to num_layers; local ones use sliding_window.", min_length=1
+    )
+    sliding_window: Positive | None = Field(None, description="Keys a local layer sees, itself included, in tokens.")
+    attention_scale: float | None = Field(None, gt=0, description="Query scale; null means head_dim ** -0.5.")
+    attention_softcap: float | None = Field(None, gt=0, description="Attention logits become c * tanh(logits / c).")
+    logit_softcap: float | None = Field(None, gt=0, description="Output logits become c * tanh(logits / c).")
+
+    tie_embeddings: bool = Field(False, description="The output projection is the embedding table.")
+    embedding_scale: float | None = Field(
+        None, gt=0, description="Embeddings are multiplied by this (Gemma: d_model ** 0.5); null leaves them."
+    )
+    init_std: float = Field(
+        0.02, gt=0, description="Standard deviation of the embeddings; matrices use fan_in ** -0.5."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Type of the computation. Master weights, optimizer and loss are float32."
+    )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, after the default."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Features per head, after the default."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table, padding included."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}; change one or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                f"use a divisor such as {_divisor_at_most(self.num_heads, self.kv_heads)}"
+            )
+        if self.num_layers % len(self.layer_pattern):
+            raise ValueError(
+                f"num_layers={self.num_layers} is not a multiple of the {len(self.layer_pattern)} kinds in layer_pattern"
+            )
+        if "local" in self.layer_pattern and self.sliding_window is None:
+            raise ValueError("layer_pattern has local layers, so sliding_window must be set")
+        if self.position == "learned" and self.max_positions is None:
+            raise ValueError("position=learned needs max_positions, the longest sequence in tokens")
+        if self.norm_bias and self.norm != "layer":
+            raise ValueError("norm_bias=true needs norm=layer; RMSNorm has no bias")
+        if self.position == "rope" and int(self.head_size * self.rope_fraction) % 2:
+            raise ValueError(
+                f"RoPE rotates pairs, but head size {self.head_size} x rope_fraction={self.rope_fraction} is odd"
+            )
+        return self
+
+
+class MeshConfig(Section):
+    """How many devices each mesh axis has. At most one axis may be -1: it takes what is left."""
+
+    data: int = Field(1, description="Replicas of the weights, in devices.")
+    fsdp: int = Field(-1, description="Devices that share one copy of the weights; -1 fills what is left.")
+    tensor: int = Field(1, description="Devices that split heads, MLP width and vocabulary.")
+    fake_devices: Positive | None = Field(
+        None, description="Run on this many fake CPU devices, to try a mesh without an accelerator."
+    )
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshConfig":
+        free = [name for name in AXES if getattr(self, name) == -1]
+        for name in AXES:
+            if (size := getattr(self, name)) == 0 or size < -1:
+                raise ValueError(f"{name}={size} is not a number of devices; use 1 or more, or -1 to fill what is left")
+        if len(free) > 1:
+            raise ValueError(f"only one axis may be -1, but {' and '.join(free)} are; give one of them a size")
+        return self
+
+
+AXES = ("data", "fsdp", "tensor")
+
+
+class StoreConfig(Section):
+    """One token store of the mixture."""
+
+    path: str = Field(description="Folder or bucket of the token store.")
+    weight: float = Field(1.0, gt=0, description="Share of the mixture, relative to the other stores.")
+    text: tuple[str, ...] = Field(
+        (),
+        description="Build the store from this text when it is missing: files, folders, globs, or python:stdlib.",
+    )
+    tokenizer: str = Field(
+        "byte", description="Tokenizer of such a build: byte, or the path of a tokenizer.json or SentencePiece .model."
+    )
+    heldout: Fraction = Field(0.01, description="Share of documents that such a build keeps for evaluation.")
+
+
+class DataConfig(Section):
+    """What is read, and how rows are cut from it."""
+
+    stores: tuple[StoreConfig, ...] = Field(description="Token stores and their weights.", min_length=1)
+    shuffle: bool = Field(True, description="Visit rows in a random order, another one each epoch.")
+    segment_mask: bool = Field(True, description="Tokens attend within their own document only.")
+    read_threads: Positive = Field(8, description="Threads that read rows ahead, per host.")
+    prefetch: Positive = Field(4, description="Global batches kept ready, per host.")
+
+
+class TrainConfig(Section):
+    """Length, batch and the trade of memory against time."""
+
+    steps: Positive | None = Field(None, description="Optimizer steps of the whole run. Give steps or tokens.")
+    tokens: Positive | None = Field(None, description="Tokens of the whole run, rounded up to whole steps.")
+    batch_size: Positive = Field(description="Sequences per optimizer step, over all devices.")
+    seq_len: Positive = Field(description="Tokens per sequence.")
+    grad_accum: Positive = Field(1, description="Microbatches per step; each holds batch_size / grad_accum sequences.")
+    gather: Literal["layer", "step"] = Field(
+        "layer", description="Gather sharded weights layer by layer (less memory) or once a step (less traffic)."
+    )
+    remat: Literal["none", "full", "dots"] = Field(
+        "full", description="What the backward pass recomputes: nothing, whole layers, or all but matmul outputs."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
+    z_loss: NonNegative = Field(0.0, description="Weight of log(Z)**2, which keeps logits from drifting (PaLM, 5).")
+    start_from: str | None = Field(
+        None,
+        description="Start a new run from another run's checkpoint: RUN or RUN@STEP (for example to branch a cooldown).",
+    )
+    compilation_cache: str | None = Field(
+        "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
+    )
+    profile_steps: tuple[Count, Count] | None = Field(
+        None, description="[first, last] step of a profiler trace written to the run folder."
+    )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / self.tokens_per_step)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if (self.steps is None) == (self.tokens is None):
+            what = "neither is set" if self.steps is None else f"steps={self.steps} and tokens={self.tokens} are both set"
+            raise ValueError(f"the length is given by steps or tokens, but {what}; set one and leave the other null")
+        if self.batch_size % self.grad_accum:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by grad_accum={self.grad_accum}; "
+                f"use grad_accum={_divisor_at_most(self.batch_size, self.grad_accum)}"
+            )
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)} ends before it starts")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over time: warmup, then one of five shapes."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="Shape after the warmup; wsd is warmup-stable-decay."
+    )
+    warmup_steps: Count = Field(0, description="Steps of linear warmup from zero.")
+    cooldown_steps: Count = Field(0, description="wsd: steps of the final linear decay.")
+    final_fraction: Fraction = Field(0.1, description="Learning rate at the end, as a share of its peak.")
+
+
+class OptimConfig(Section):
+    """The optimizer, from optax, and what surrounds it."""
+
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field("adamw", description="Optimizer.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate over time.")
+    beta1: Fraction = Field(0.9, description="Decay of the first moment (adamw, lion; muon's Adam part).")
+    beta2: Fraction = Field(0.95, description="Decay of the second moment (adamw, lion; muon's Adam part).")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    momentum: Fraction = Field(0.95, description="Momentum (sgd, muon).")
+    weight_decay: NonNegative = Field(0.1, description="Decoupled weight decay, multiplied by the learning rate.")
+    decay_mask: str = Field(
+        r".*(norm|bias).*|embed|positions", description="Parameters whose path matches this expression are not decayed."
+    )
+    adam_lr: float | None = Field(
+        None, gt=0, description="muon: peak learning rate of its Adam part (embeddings, norms); null means learning_rate."
+    )
+    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm is clipped to this; null turns it off.")
+    lr_rules: dict[str, float] = Field(
+        {}, description="Learning-rate multipliers by parameter path: {expression: factor}; the first match counts."
+    )
+    freeze: tuple[str, ...] = Field((), description="Parameters whose path matches one of these are not trained.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an exponential average of the weights, kept and used for evaluation."
+    )
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    every: Count = Field(0, description="Steps between evaluations; 0 evaluates at the end only.")
+    batches: Positive = Field(8, description="Held-out global batches per evaluation.")
+    sample_tokens: Count = Field(200, description="Tokens of sample text generated at the end; 0 for none.")
+    sample_prompt: str = Field("", description="Text that the sample continues; empty starts a new document.")
+
+
+class CheckpointConfig(Section):
+    """When state is saved and what is kept."""
+
+    every: Positive = Field(1000, description="Steps between saves; the last step is always saved.")
+    keep_last: Positive = Field(2, description="Newest checkpoints kept.")
+    keep_every: Positive | None = Field(None, description="Checkpoints at multiples of this step are kept for good.")
+    asynchronous: bool = Field(True, description="Write in the background while training goes on.")
+
+
+class LogConfig(Section):
+    """Progress and metrics. metrics.jsonl is always written."""
+
+    every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events into the run folder.")
+    wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(RunConfig(), description="Name and place of the run.")
+    model: ModelConfig = Field(description="The transformer.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices per mesh axis.")
+    data: DataConfig = Field(description="Token stores.")
+    train: TrainConfig = Field(description="Length and batch.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
+    eval: EvalConfig = Field(EvalConfig(), description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saves.")
+    log: LogConfig = Field(LogConfig(), description="Progress and metrics.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        table = self.model.max_positions
+        if self.model.position == "learned" and table is not None and table < self.train.seq_len:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len} is longer than model.max_positions={table}; raise max_positions"
+            )
+        schedule, steps = self.optim.schedule, self.train.num_steps
+        if schedule.warmup_steps + schedule.cooldown_steps > steps:
+            raise ValueError(
+                f"optim.schedule: warmup_steps={schedule.warmup_steps} + cooldown_steps={schedule.cooldown_steps} "
+                f"is more than the run's {steps} steps; shorten them or raise train.steps"
+            )
+        if schedule.cooldown_steps and schedule.name != "wsd":
+            raise ValueError(
+                f"optim.schedule.cooldown_steps={schedule.cooldown_steps} belongs to name=wsd, but name={schedule.name}"
+            )
+        return self
+
+
+def _divisor_at_most(n: int, limit: int) -> int:
+    return next(d for d in range(min(limit, n), 0, -1) if n % d == 0)

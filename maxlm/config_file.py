@@ -1,0 +1,202 @@
+"""Reads a configuration: YAML file plus dotted overrides, with errors a person can act on."""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from maxlm.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field, its value and a fix."""
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies overrides such as `model.num_layers=4`.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings; values are read as YAML, later ones win. Setting one of
+            train.steps and train.tokens clears the other, so that a file's length can be overridden.
+
+    Returns:
+        The resolved, frozen configuration.
+
+    Raises:
+        ConfigError: one sentence per problem: field, value, what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml"))
+        raise ConfigError(f"config file {path} does not exist" + (f"; here are: {', '.join(near)}" if near else ""))
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} must hold keys such as 'model:' and 'train:', found {_kind(tree)}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validates a nested dict of settings (as a YAML file holds them) into a Config.
+
+    Raises:
+        ConfigError: as load_config.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree as YAML that load_config reads back to an equal Config."""
+    return yaml.dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Every field as (dotted path, type, default, description), in tree order."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, field in model.model_fields.items():
+        path, kind = f"{prefix}{name}", field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += describe_fields(kind, f"{path}.")
+            continue
+        default = "(required)" if field.is_required() else json.dumps(_plain(field.default))
+        rows.append((path, _type_name(kind), default, field.description or ""))
+        item = next((a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if item is not None:
+            rows += describe_fields(item, f"{path}.0.")
+    return rows
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 3e-4 is a number; duplicate keys are an error instead of a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"key '{key_node.value}' stands twice, again in line {key_node.start_mark.line + 1}")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"""^(?:[-+]?(?:[0-9][0-9_]*)?\.?[0-9]+(?:[eE][-+]?[0-9]+)|[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+             |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT, re.VERBOSE), list("-+0123456789."))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}' is not of the form section.field=value, such as train.steps=400")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML; quote it") from None
+    *sections, field = key.split(".")
+    node: Any = tree
+    for depth, section in enumerate(sections):
+        node = _child(node, section, key, ".".join(sections[: depth + 1]))
+    if isinstance(node, list):
+        node[_index(node, field, key)] = value
+    else:
+        node[field] = value
+    other = {"train.steps": "tokens", "train.tokens": "steps"}.get(key)
+    if other and value is not None:
+        node[other] = None
+
+
+def _child(node: Any, section: str, key: str, so_far: str) -> Any:
+    if isinstance(node, list):
+        child = node[_index(node, section, key)]
+    else:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override '{key}': {so_far} is {_kind(child)}, which has no fields")
+    return child
+
+
+def _index(items: list, text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise ConfigError(f"override '{key}': '{text}' is not an index below {len(items)}")
+    return int(text)
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as one sentence."""
+    loc = [str(part) for part in error["loc"]]
+    path, value = ".".join(loc), error.get("input")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(loc[:-1])
+        return f"{path}={_short(value)}: there is no such field{_nearest(loc, known)}"
+    if error["type"] == "missing":
+        return f"{path} is required: set it in the config file or with {path}=VALUE"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}={_short(value)}: {message[0].lower()}{message[1:]}{_hint(loc)}"
+
+
+def _hint(loc: list[str]) -> str:
+    row = next((r for r in describe_fields() if r[0] == ".".join(loc)), None)
+    return f" ({row[3].rstrip('.')})" if row else ""
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    prefix = ".".join("0" if part.isdigit() else part for part in loc)
+    prefix = f"{prefix}." if prefix else ""
+    paths = [row[0] for row in describe_fields()]
+    return list(dict.fromkeys(p[len(prefix) :].split(".")[0] for p in paths if p.startswith(prefix)))
+
+
+def _nearest(loc: list[str], known: list[str]) -> str:
+    close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*loc[:-1], close[0]])}?"
+    elsewhere = [row[0] for row in describe_fields() if row[0].split(".")[-1] == loc[-1]]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; fields here: {', '.join(known)}"
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return f"{'text' if isinstance(value, str) else type(value).__name__} {_short(value)}"
+
+
+def _type_name(kind: Any) -> str:
+    if getattr(kind, "__name__", None) in ("int", "float", "str", "bool"):
+        return kind.__name__
+    args = getattr(kind, "__args__", ())
+    name = str(getattr(kind, "__origin__", kind))
+    if "Annotated" in str(type(kind)):
+        return _type_name(args[0])
+    if "Literal" in name:
+        return " | ".join(str(a) for a in args)
+    if name == "<class 'tuple'>":
+        return f"list of {_type_name(args[0])}"
+    if name == "<class 'dict'>":
+        return f"map of {_type_name(args[0])} to {_type_name(args[1])}"
+    if args:
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in args)
+    return getattr(kind, "__name__", name)

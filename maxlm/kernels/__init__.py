@@ -1,0 +1,1 @@
+"""Compute kernels: one signature each, several implementations."""

@@ -1,0 +1,164 @@
+"""The device mesh of a run: from configured axis sizes to a jax Mesh with Explicit axes."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from maxlm.config import AXES, Config, MeshConfig
+from maxlm.config_file import ConfigError
+
+
+def start_devices(config: MeshConfig) -> list[Any]:
+    """Starts the backend and returns the devices of the run; joins the other hosts of a pod first.
+
+    Hosts find each other where the platform tells them (Cloud TPU pods, SLURM, or JAX_COORDINATOR_ADDRESS);
+    a single host needs nothing. With fake_devices the run uses that many CPU devices.
+
+    Raises:
+        ConfigError: fake_devices is set after JAX has started with fewer devices.
+    """
+    if config.fake_devices:
+        try:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", config.fake_devices)
+        except RuntimeError:
+            pass  # the backend runs already (a notebook, a test): what it has is checked below
+        devices = jax.devices("cpu")
+        if len(devices) < config.fake_devices:
+            raise ConfigError(
+                f"mesh.fake_devices={config.fake_devices}, but JAX has already started with {len(devices)} devices; "
+                "set it before anything else uses JAX"
+            )
+        return devices[: config.fake_devices]
+    if _many_hosts():
+        jax.distributed.initialize()
+    return jax.devices()
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the logical axes with -1 filled in.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if num_devices % fixed or (not free and fixed != num_devices):
+        raise ConfigError(
+            f"mesh {text} needs {'a multiple of ' if free else ''}{fixed} devices, but there are {num_devices}; "
+            f"{_mesh_advice(sizes, num_devices, fixed)}"
+        )
+    return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any], torus: Sequence[int] | None = None) -> Mesh:
+    """Lays the logical axes (data, fsdp, tensor) over devices, tensor innermost.
+
+    A reduce-scatter over a whole multi-dimensional TPU slice compiles to a full all-reduce, one over a single
+    torus dimension does not. So fsdp becomes one mesh axis per torus dimension it spans (fsdp0, fsdp1, ...),
+    cut where the row-major order of the devices crosses from one dimension to the next. `sharding.py` names
+    them together as fsdp.
+
+    Args:
+        config: axis sizes, at most one of them -1.
+        devices: the devices; TPU devices are put in order of their torus coordinates.
+        torus: sizes of the torus dimensions; default: read from the devices' coordinates.
+
+    Returns:
+        A Mesh whose axes are all Explicit.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of devices.
+    """
+    sizes = axis_sizes(config, len(devices))
+    if torus is None:
+        devices, torus = _torus_order(devices)
+    names: list[str] = []
+    shape: list[int] = []
+    inner = len(devices)
+    for name, size in sizes.items():
+        inner //= size
+        parts = _cut(size, inner, torus) if name == "fsdp" else [size]
+        names += [f"{name}{i}" for i in range(len(parts))] if len(parts) > 1 else [name]
+        shape += parts
+    return Mesh(np.array(devices).reshape(shape), tuple(names), axis_types=(AxisType.Explicit,) * len(names))
+
+
+def check_fit(config: Config, sizes: dict[str, int]) -> None:
+    """Checks that model and batch divide over the mesh.
+
+    Args:
+        config: the run.
+        sizes: logical axis sizes, from axis_sizes.
+
+    Raises:
+        ConfigError: names the field, its value, and a value that fits.
+    """
+    model, train = config.model, config.train
+    for field, value, axis in (
+        ("model.num_heads", model.num_heads, "tensor"),
+        ("model.num_kv_heads", model.kv_heads, "tensor"),
+        ("model.d_ff", model.d_ff, "tensor"),
+        ("model.vocab_multiple", model.padded_vocab, "tensor"),
+        ("model.d_model", model.d_model, "fsdp"),
+    ):
+        if value % sizes[axis]:
+            raise ConfigError(
+                f"{field}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
+                f"use mesh.{axis}={_fitting(value, sizes[axis])} or change {field}"
+            )
+    rows, shards = train.batch_size // train.grad_accum, sizes["data"] * sizes["fsdp"]
+    if rows % shards:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} in {train.grad_accum} microbatches gives {rows} sequences, which do not "
+            f"divide over data x fsdp = {shards} devices; use train.batch_size="
+            f"{max(1, round(rows / shards)) * shards * train.grad_accum}"
+        )
+
+
+def _many_hosts() -> bool:
+    tpu_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    return tpu_pod or "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    if not all(hasattr(d, "coords") for d in devices):
+        return list(devices), [len(devices)]
+    where = {d: (*d.coords, getattr(d, "core_on_chip", 0)) for d in devices}
+    torus = [len({c[i] for c in where.values()}) for i in range(len(next(iter(where.values()))))]
+    if math.prod(torus) != len(devices):  # part of a slice: no box of devices to follow
+        return list(devices), [len(devices)]
+    return sorted(devices, key=lambda d: where[d]), torus
+
+
+def _cut(size: int, inner: int, torus: Sequence[int]) -> list[int]:
+    """Cuts an axis of `size` devices at stride `inner` where row-major order leaves a torus dimension."""
+    parts: list[int] = []
+    boundary = 1
+    for extent in reversed(torus):
+        boundary *= extent
+        done = inner * math.prod(parts)
+        part = math.gcd(boundary // done, size // math.prod(parts)) if boundary % done == 0 else 1
+        if part > 1:
+            parts.append(part)
+    left = size // math.prod(parts)
+    return [*([left] if left > 1 else []), *reversed(parts)] or [1]
+
+
+def _fitting(value: int, size: int) -> int:
+    return next(d for d in range(min(size, value), 0, -1) if value % d == 0)
+
+
+def _mesh_advice(sizes: dict[str, int], num_devices: int, fixed: int) -> str:
+    if num_devices < fixed:
+        return f"make an axis smaller, or set mesh.fake_devices={fixed} to try it on CPU"
+    if num_devices % fixed == 0:
+        return f"set one axis to -1 (for example mesh.fsdp=-1) or mesh.data={sizes['data'] * num_devices // fixed}"
+    return f"choose sizes whose product divides {num_devices}"

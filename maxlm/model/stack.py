@@ -1,0 +1,97 @@
+"""The plain layer stack: one scan over repeats of the layer pattern, each repeat rematerialized as configured."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from maxlm.config import ModelConfig
+from maxlm.model.attention import Attention, AttentionKernel
+from maxlm.model.mlp import Mlp
+from maxlm.model.norm import Norm
+from maxlm.model.param import dims_of
+from maxlm.sharding import gather
+
+REMAT_POLICIES = {
+    # what the forward pass keeps for the backward pass, per layer, beside its input [B, T, D]
+    "none": None,  # every intermediate; nothing is computed twice
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing; the layer's forward runs again (+1/3 of the FLOPs)
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projection outputs; attention runs again
+}
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each with its norms, added to the residual stream."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, kind: str):
+        attention_key, mlp_key = jax.random.split(key)
+        self.attention = Attention(attention_key, config, kind)
+        self.mlp = Mlp(mlp_key, config)
+        pre, post = config.norm_position in ("pre", "both"), config.norm_position in ("post", "both")
+        self.attention_norm = Norm(config) if pre else None
+        self.attention_post_norm = Norm(config) if post else None
+        self.mlp_norm = Norm(config) if pre else None
+        self.mlp_post_norm = Norm(config) if post else None
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, kernel: AttentionKernel
+    ) -> jax.Array:
+        """Returns the residual stream [B, T, D] after this block."""
+        h = _apply(self.attention_norm, x_BTD)
+        h = self.attention(h, positions_BT, segments_BT, kernel)
+        x_BTD = x_BTD + _apply(self.attention_post_norm, h)
+        h = self.mlp(_apply(self.mlp_norm, x_BTD))
+        return x_BTD + _apply(self.mlp_post_norm, h)
+
+
+def make_layers(key: jax.Array, config: ModelConfig) -> nnx.Dict:
+    """Blocks of each position in the layer pattern, stacked over its repeats: parameters gain a leading L."""
+    pattern = config.layer_pattern
+    keys = jax.random.split(key, (len(pattern), config.num_layers // len(pattern)))
+    stacked = {}
+    for i, kind in enumerate(pattern):
+        stacked[str(i)] = jax.vmap(lambda k, kind=kind: Block(k, config, kind))(keys[i])
+    return nnx.Dict(stacked)
+
+
+def run_layers(
+    layers: nnx.Dict,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    kernel: AttentionKernel,
+    remat: str,
+) -> jax.Array:
+    """Runs all blocks in order; weights are gathered one repeat of the pattern at a time.
+
+    Args:
+        layers: from make_layers, with the step's parameters.
+        x_BTD: residual stream; its dtype is the compute dtype.
+        positions_BT: int32 positions within documents.
+        segments_BT: int32 document numbers.
+        kernel: attention kernel.
+        remat: a key of REMAT_POLICIES.
+    """
+    graphdef, state = nnx.split(layers)
+    dims = dims_of(state)
+
+    def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, None]:
+        weights = jax.tree.map(lambda v, d: v.replace(gather(v[...], d, x.dtype)), repeat, dims, is_leaf=_is_variable)
+        for block in nnx.merge(graphdef, weights).values():
+            x = block(x, positions_BT, segments_BT, kernel)
+        return x, None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x_BTD, state)[0]
+
+
+def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+

@@ -1,0 +1,105 @@
+"""The decoder transformer: embedding, layer stack, output projection."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config import ModelConfig
+from maxlm.model.norm import Norm
+from maxlm.model.param import dims_of, normal
+from maxlm.model.stack import make_layers
+from maxlm.sharding import compute_spec, constrain, einsum, gather
+
+Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], jax.Array]
+"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD."""
+
+
+class Transformer(nnx.Module):
+    """Parameters of the whole model, created in their resting places.
+
+    Must be created and called under `jax.set_mesh`.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        self.config = config
+        embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
+        self.embed = normal(embed_key, "VD", config, config.init_std)
+        learned = config.position == "learned"
+        self.positions = normal(position_key, "PD", config, config.init_std) if learned else None
+        self.layers = make_layers(layer_key, config)
+        self.final_norm = Norm(config)
+        self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, stack: Stack) -> jax.Array:
+        """Predicts the next token at every position.
+
+        Args:
+            tokens_BT: int32 token ids.
+            positions_BT: int32 positions within documents.
+            segments_BT: int32 document numbers; a token attends within its own.
+            stack: runs the layers.
+
+        Returns:
+            float32 logits [B, T, V] over the padded vocabulary; padding is -inf-like and cannot be sampled.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        embed_VD = gather(self.embed[...], "VD", dtype)
+        x_BTD = _lookup(embed_VD, tokens_BT)
+        if self.config.embedding_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, dtype)
+        if self.positions is not None:
+            x_BTD = x_BTD + _lookup(gather(self.positions[...], "PD", dtype), positions_BT)
+        x_BTD = stack(self.layers, x_BTD, positions_BT, segments_BT)
+        x_BTD = self._final_norm(dtype)(x_BTD)
+        if self.unembed is None:
+            logits_BTV = einsum("BTD,VD->BTV", x_BTD, embed_VD, preferred_element_type=jnp.float32)
+        else:
+            unembed_DV = gather(self.unembed[...], "DV", dtype)
+            logits_BTV = einsum("BTD,DV->BTV", x_BTD, unembed_DV, preferred_element_type=jnp.float32)
+        return self._finish(logits_BTV)
+
+    def _final_norm(self, dtype: Any) -> Norm:
+        graphdef, state = nnx.split(self.final_norm)
+        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+        gathered = jax.tree.map(
+            lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims_of(state), is_leaf=is_variable
+        )
+        return nnx.merge(graphdef, gathered)
+
+    def _finish(self, logits_BTV: jax.Array) -> jax.Array:
+        config = self.config
+        if config.logit_softcap is not None:
+            logits_BTV = config.logit_softcap * jnp.tanh(logits_BTV / config.logit_softcap)
+        if config.padded_vocab == config.vocab_size:
+            return logits_BTV
+        real_V = constrain(jnp.arange(config.padded_vocab) < config.vocab_size, "V")
+        return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+@jax.custom_vjp
+def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table; the gradient is summed in float32, since a frequent token's bf16 sum would stall."""
+    whole = _whole(table_VD)
+    return whole.at[ids_BT].get(out_sharding=compute_spec("BTD"))
+
+
+def _lookup_fwd(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+    return _lookup(table_VD, ids_BT), (table_VD, ids_BT)
+
+
+def _lookup_bwd(saved: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, ids_BT = saved
+    plain = lambda table: _whole(table).at[ids_BT].get(out_sharding=compute_spec("BTD"))  # noqa: E731
+    _, pull = jax.vjp(plain, table_VD.astype(jnp.float32))
+    return pull(g_BTD.astype(jnp.float32))[0].astype(table_VD.dtype), None
+
+
+_lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+def _whole(table_VD: jax.Array) -> jax.Array:
+    """The table whole over tensor too, so that any row can be read."""
+    return jax.reshard(table_VD, jax.P(None, None, reduced=jax.typeof(table_VD).sharding.spec.reduced))

@@ -1,0 +1,191 @@
+"""Sharding as two tables, one for parameters at rest and one for activations.
+
+Keys are the dimension letters of DESIGN (B batch, T length, D model, N query heads, K key/value heads, G query
+heads per key/value head, H head size, F feed-forward, V vocabulary, L layers, M microbatches); values are logical
+mesh axes. A logical axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left out.
+
+Weights are float32 and sharded at rest. `gather` brings one into a layer: cast, then all-gathered over fsdp, with a
+type that names data and fsdp as *reduced*, so that its gradient comes out unreduced over them and meets exactly one
+reduce-scatter. `enter_step` and `leave_step` stand around all loops of a step: there the all-reduce over data happens,
+once.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+Axes = str | tuple[str, ...] | None
+
+PARAM: dict[str, Axes] = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "H": None, "L": None}
+"""Where parameters rest. P (positions table rows) and L are whole on every device that has the rest."""
+PARAM["P"] = None
+
+COMPUTE: dict[str, Axes] = {
+    "M": None,
+    "B": ("data", "fsdp"),
+    "T": None,
+    "S": None,
+    "D": None,
+    "N": "tensor",
+    "K": "tensor",
+    "G": None,
+    "H": None,
+    "F": "tensor",
+    "V": "tensor",
+    "L": None,
+    "P": None,
+}
+"""Where activations, and weights in use, live."""
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+    """Mesh axes of the current mesh, larger than one, that carry a logical axis, outermost first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(n for n in mesh.axis_names if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
+
+
+def spec(dims: str, table: dict[str, Axes], **kinds: Any) -> P:
+    """PartitionSpec of an array whose dimensions are `dims`, on the current mesh.
+
+    Args:
+        dims: one letter per dimension, such as "BTD".
+        table: PARAM or COMPUTE.
+        **kinds: `reduced=` or `unreduced=` sets of mesh axes.
+    """
+    entries = []
+    for letter in dims:
+        names = [n for axis in _logical(table[letter]) for n in mesh_axes(axis)]
+        entries.append(tuple(names) if len(names) > 1 else names[0] if names else None)
+    return P(*entries, **kinds)
+
+
+def param_spec(dims: str) -> P:
+    """Where a parameter, its gradient and its master copy rest."""
+    return spec(dims, PARAM)
+
+
+def compute_spec(dims: str) -> P:
+    """Where an activation lives."""
+    return spec(dims, COMPUTE)
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """Gives an activation its sharding; free when it has it already."""
+    return jax.reshard(x, compute_spec(dims))
+
+
+def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
+    """jnp.einsum whose letters are also the output's sharding, so that a contracted sharded dim names its all-reduce."""
+    return jnp.einsum(subscripts, *operands, out_sharding=compute_spec(subscripts.split("->")[1]), **options)
+
+
+def gather(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
+    """Brings a weight into the computation: cast, then whole over fsdp, still split over tensor.
+
+    The cast comes first so that bytes travel, and gradients return, in the compute dtype.
+
+    Args:
+        w: float32 weight as enter_step left it, or one that is gathered already (returned as it is).
+        dims: its dimension letters.
+        dtype: compute dtype.
+    """
+    fsdp = frozenset(mesh_axes("fsdp"))
+    if fsdp <= _reduced(w):
+        return w.astype(dtype)
+    return _all_gather(dims, w.astype(dtype))
+
+
+def share(w: jax.Array, dims: str) -> jax.Array:
+    """Lets a gathered weight meet activations split over `dims`: its gradient is summed over their mesh axes too.
+
+    A weight per head feature, say, is used by heads that live on several tensor shards.
+    """
+    axes = {n for letter in dims for axis in _logical(COMPUTE[letter]) for n in mesh_axes(axis)}
+    if axes <= _reduced(w):
+        return w
+    kept = jax.typeof(w).sharding.spec.partitions
+    return jax.reshard(w, P(*kept, reduced=_reduced(w) | axes))
+
+
+def enter_step(params: Any, dims: Any, dtype: Any, gather_now: bool) -> Any:
+    """Prepares parameters for all microbatches of a step.
+
+    Args:
+        params: dict of float32 weights at rest.
+        dims: the same tree of dimension letters.
+        dtype: compute dtype of weights that are gathered now.
+        gather_now: gather every weight here, once, instead of layer by layer.
+
+    Returns:
+        The same values; differentiating by them gives gradients that are not yet summed over data
+        (and, when gathered, over fsdp): pass those to leave_step.
+    """
+
+    def enter(w: jax.Array, d: str) -> jax.Array:
+        data = mesh_axes("data")
+        if data:
+            w = jax.reshard(w, spec(d, PARAM, reduced=frozenset(data)))
+        return gather(w, d, dtype) if gather_now else w
+
+    return jax.tree.map(enter, params, dims)
+
+
+def leave_step(grads: Any, dims: Any) -> Any:
+    """Sums gradients of enter_step's result over data and fsdp, and lays them out like the parameters."""
+
+    def leave(g: jax.Array, d: str) -> jax.Array:
+        return jax.reshard(_reduce_scatter(g, d), param_spec(d))
+
+    return jax.tree.map(leave, grads, dims)
+
+
+def zeros_like_gradient(w: jax.Array) -> jax.Array:
+    """Float32 zeros with the type of w's gradient: what is reduced in w is unreduced there."""
+    spec_w = jax.typeof(w).sharding.spec
+    zeros = jnp.zeros(w.shape, jnp.float32, out_sharding=P(*spec_w.partitions))
+    return jax.reshard(zeros, P(*spec_w.partitions, unreduced=spec_w.reduced)) if spec_w.reduced else zeros
+
+
+def _logical(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _reduced(w: jax.Array) -> frozenset[str]:
+    return frozenset(jax.typeof(w).sharding.spec.reduced)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _all_gather(dims: str, w: jax.Array) -> jax.Array:
+    reduced = _reduced(w) | frozenset(mesh_axes("fsdp"))
+    return jax.reshard(w, _gathered_spec(dims, reduced=reduced))
+
+
+def _all_gather_fwd(dims: str, w: jax.Array) -> tuple[jax.Array, None]:
+    return _all_gather(dims, w), None
+
+
+def _all_gather_bwd(dims: str, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (_reduce_scatter(g, dims),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def _gathered_spec(dims: str, **kinds: Any) -> P:
+    return spec(dims, {**PARAM, "D": None}, **kinds)
+
+
+def _reduce_scatter(g: jax.Array, dims: str) -> jax.Array:
+    """One reduce-scatter per mesh axis of fsdp: over all at once, a TPU slice does a full all-reduce instead."""
+    fsdp, open_axes = mesh_axes("fsdp"), frozenset(jax.typeof(g).sharding.spec.unreduced)
+    if not open_axes.intersection(fsdp):
+        return g
+    for i in range(1, len(fsdp) + 1):
+        done = fsdp[:i]
+        entry = done if len(done) > 1 else done[0]
+        entries = [entry if d == "D" else e for d, e in zip(dims, _gathered_spec(dims).partitions, strict=True)]
+        g = jax.reshard(g, P(*entries, unreduced=open_axes - frozenset(done)))
+    return g

@@ -1,0 +1,213 @@
+"""The train step: one pure, jitted, donated function of (state, batch). train, plan and bench build it here.
+
+State is a plain dict: "step" (int32, finished steps), "params" (float32), "opt" (optax state) and, when
+configured, "ema" (float32 averaged weights).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxlm import optim
+from maxlm.config import Config
+from maxlm.kernels.attention import attention
+from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
+from maxlm.model.param import dims_of
+from maxlm.model.stack import run_layers
+from maxlm.model.transformer import Transformer
+from maxlm.sharding import compute_spec, enter_step, leave_step, param_spec, zeros_like_gradient
+
+State = dict[str, Any]
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "segments": jnp.int32,
+    "positions": jnp.int32,
+    "mask": jnp.float32,
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that is compiled for one run on one mesh; made by build_program.
+
+    Attributes:
+        config: the run.
+        mesh: its devices, all axes Explicit.
+        token_loss: loss of every token; the step takes its mean over the mask.
+        graph: the model's structure, without parameters.
+        dims: dimension letters of every parameter, as the tree of parameters; stacked layers lead with L.
+        optimizer: the optax chain.
+    """
+
+    config: Config
+    mesh: Mesh
+    token_loss: TokenLoss
+    graph: Any
+    dims: Any
+    optimizer: optax.GradientTransformation
+
+    # ---- shapes and places
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """Learning rate at a step."""
+        return optim.make_schedule(self.config.optim, self.config.train.num_steps)
+
+    @cached_property
+    def specs(self) -> Any:
+        """PartitionSpec of every leaf of the state."""
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(self._init, jax.random.key(0))
+            params = jax.tree.map(param_spec, self.dims)
+        specs = {"step": PartitionSpec(), "params": params}
+        specs["opt"] = optim.state_specs(self.optimizer, shapes["params"], params)
+        return specs | ({"ema": params} if "ema" in shapes else {})
+
+    @cached_property
+    def state_shapes(self) -> Any:
+        """The state as ShapeDtypeStructs with shardings: for restore, for ahead-of-time compilation."""
+        with jax.set_mesh(self.mesh):
+            shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
+        )
+
+    @cached_property
+    def state_shardings(self) -> Any:
+        """Where every leaf of the state rests."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs, is_leaf=_is_spec)
+
+    @cached_property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch: [M, B, T], M microbatches of B sequences."""
+        train = self.config.train
+        shape = (train.grad_accum, train.batch_size // train.grad_accum, train.seq_len)
+        return {k: jax.ShapeDtypeStruct(shape, d, sharding=self.batch_sharding) for k, d in BATCH_DTYPES.items()}
+
+    @cached_property
+    def batch_sharding(self) -> NamedSharding:
+        """Sequences over data and fsdp."""
+        with jax.set_mesh(self.mesh):
+            return NamedSharding(self.mesh, compute_spec("MBT"))
+
+    # ---- what is compiled
+
+    @cached_property
+    def init(self) -> Callable[[jax.Array], State]:
+        """key -> state, every array created in its resting place: nothing is ever whole on one device."""
+        return jax.jit(self._init, out_shardings=self.state_shardings)
+
+    @cached_property
+    def step(self) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+        """(state, batch) -> (state, metrics); the state is donated."""
+        scalar = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, scalar))
+
+    @cached_property
+    def evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+        """(params, batch [M, B, T]) -> (sum of cross entropy in nats, number of targets)."""
+        return jax.jit(self._evaluate)
+
+    @cached_property
+    def grads(self) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
+        """(params, batch) -> (mean gradients laid out like the parameters, metrics)."""
+        return jax.jit(self._grads)
+
+    def lower_step(self) -> Any:
+        """The step lowered for this mesh without any array: `.compile()` it for its memory and its program text."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state_shapes, self.batch_shapes)
+
+    # ---- pure functions
+
+    def logits(self, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """float32 logits [B, T, V]; params as enter_step returns them."""
+        stack = partial(run_layers, kernel=attention, remat=self.config.train.remat)
+        precision = "highest" if self.config.model.dtype == "float32" else "default"
+        with jax.default_matmul_precision(precision):
+            return nnx.merge(self.graph, params)(tokens_BT, positions_BT, segments_BT, stack)
+
+    def _init(self, key: jax.Array) -> State:
+        params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model))[1])
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optim.init(self.optimizer, params)}
+        if self.config.optim.ema is not None:
+            state["ema"] = params
+        return state
+
+    def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        grads, metrics = self._grads(state["params"], batch)
+        specs = self.specs
+        params, opt = optim.update(self.optimizer, specs["params"], specs["opt"], state["params"], state["opt"], grads)
+        step = state["step"] + 1
+        new = {"step": step, "params": params, "opt": opt}
+        if self.config.optim.ema is not None:
+            new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, step)
+        squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
+        metrics["grad_norm"] = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
+        return new, metrics
+
+    def _grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
+        train = self.config.train
+        held = enter_step(params, self.dims, jnp.dtype(self.config.model.dtype), train.gather == "step")
+        value_and_grad = jax.value_and_grad(self._loss_sum, has_aux=True)
+
+        def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
+            (_, sums), grads = value_and_grad(held, rows)
+            add = lambda total, g: total + g.astype(jnp.float32)  # noqa: E731
+            return (jax.tree.map(add, carry[0], grads), jax.tree.map(jnp.add, carry[1], sums)), None
+
+        if train.grad_accum == 1:
+            (_, sums), grads = value_and_grad(held, jax.tree.map(lambda x: x[0], batch))
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        else:
+            zeros = {"loss": jnp.zeros(()), "total": jnp.zeros(()), "targets": jnp.zeros(())}
+            start = (jax.tree.map(zeros_like_gradient, held), zeros)
+            (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
+        count = jnp.maximum(sums["targets"], 1.0)
+        grads = jax.tree.map(lambda g: g / count, leave_step(grads, self.dims))
+        return grads, {"loss": sums["loss"] / count, "objective": sums["total"] / count, "targets": sums["targets"]}
+
+    def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits_BTV = self.logits(params, rows["tokens"], rows["positions"], rows["segments"])
+        total = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
+        return total, {"loss": loss, "total": total, "targets": rows["mask"].sum()}
+
+    def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
+            logits_BTV = self.logits(params, rows["tokens"], rows["positions"], rows["segments"])
+            loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
+            return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
+
+        return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), batch)[0]
+
+
+def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = None) -> Program:
+    """The compiled functions of a run.
+
+    Args:
+        config: the run.
+        mesh: from mesh.make_mesh.
+        token_loss: replaces the default, cross entropy with config.train.z_loss.
+    """
+    with jax.set_mesh(mesh):
+        model = jax.eval_shape(lambda key: Transformer(key, config.model), jax.random.key(0))
+    graph, state = nnx.split(model)
+    own = nnx.to_pure_dict(dims_of(state))
+    dims = jax.tree.map(lambda d, s: "L" * (len(s.shape) - len(d)) + d, own, nnx.to_pure_dict(state))
+    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
+    return Program(config, mesh, token_loss or next_token_loss(config.train.z_loss), graph, dims, optimizer)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

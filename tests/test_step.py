@@ -1,0 +1,80 @@
+"""The same loss and gradients on any mesh, in any number of microbatches, for every kind of model."""
+
+import numpy as np
+import pytest
+from helpers import assert_same_loss_and_grads, loss_and_grads, perturbed_params, program_on, random_batch, small_config
+
+MODELS = {
+    "llama": {},
+    "gpt2": {
+        "norm": "layer",
+        "norm_bias": True,
+        "position": "learned",
+        "max_positions": 14,
+        "mlp": "plain",
+        "activation": "gelu_tanh",
+        "attention_bias": "all",
+        "mlp_bias": True,
+        "tie_embeddings": True,
+    },
+    "gemma": {
+        "num_layers": 4,
+        "norm_position": "both",
+        "norm_offset": True,
+        "qk_norm": True,
+        "layer_pattern": ["local", "global"],
+        "sliding_window": 5,
+        "rope_theta_local": 100.0,
+        "attention_softcap": 3.0,
+        "logit_softcap": 2.0,
+        "embedding_scale": 4.5,
+        "tie_embeddings": True,
+        "activation": "gelu",
+    },
+    "olmo": {"norm_position": "post", "qk_norm": True, "rope_fraction": 0.4, "mlp_bias": True, "activation": "relu2"},
+    "qwen": {"attention_bias": "qkv", "attention_scale": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mesh_gives_the_loss_and_gradients_of_one_device(name):
+    config = small_config(model={**small_config().model.model_dump(), **MODELS[name]}, train={"z_loss": 1e-2})
+    one = program_on(config)
+    params, batch = perturbed_params(one), random_batch(config)
+    want = loss_and_grads(one, params, batch)
+    got = loss_and_grads(program_on(config, data=2, fsdp=2, tensor=2), params, batch)
+    if name == "gpt2":  # without RoPE a bias of the keys moves all logits of a query alike: its gradient is zero
+        for _, grads in (got, want):
+            attention = grads["layers"]["0"]["attention"]
+            assert np.abs(attention.pop("k_bias")).max() < 1e-5 * np.abs(attention["q_bias"]).max()
+    assert_same_loss_and_grads(got, want)
+
+
+@pytest.mark.parametrize("gather", ["layer", "step"])
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
+def test_four_microbatches_give_the_gradients_of_one(mesh, gather):
+    config = small_config(train={"batch_size": 16})
+    one = program_on(config)
+    params = perturbed_params(one)
+    want = loss_and_grads(one, params, random_batch(config))
+    four = small_config(train={"batch_size": 16, "grad_accum": 4, "gather": gather})
+    assert_same_loss_and_grads(loss_and_grads(program_on(four, **mesh), params, random_batch(four)), want)
+
+
+@pytest.mark.parametrize("torus", [(2, 4), (2, 2, 2)])
+def test_fsdp_over_several_torus_dimensions(torus):
+    config = small_config(model={**small_config().model.model_dump(), "d_model": 24})
+    one = program_on(config)
+    params, batch = perturbed_params(one), random_batch(config)
+    split = program_on(config, torus, fsdp=8)
+    assert sum(name.startswith("fsdp") for name in split.mesh.axis_names) == len(torus)
+    assert_same_loss_and_grads(loss_and_grads(split, params, batch), loss_and_grads(one, params, batch))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_remat_changes_no_number(remat):
+    config = small_config()
+    one = program_on(config)
+    params, batch = perturbed_params(one), random_batch(config)
+    other = program_on(small_config(train={"remat": remat}), fsdp=2, tensor=2)
+    assert_same_loss_and_grads(loss_and_grads(other, params, batch), loss_and_grads(one, params, batch))
