@@ -23,6 +23,10 @@ def start_devices(config: MeshConfig) -> list[Any]:
         ConfigError: fake_devices is set after JAX has started with fewer devices.
     """
     if config.fake_devices:
+        # many devices share few cores: a slow collective is to be waited for
+        flags = {"warn_stuck": 120, "terminate": 3600}
+        patience = [f"--xla_cpu_collective_call_{name}_timeout_seconds={s}" for name, s in flags.items()]
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *patience]).strip()
         try:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", config.fake_devices)
@@ -131,11 +135,12 @@ def _many_hosts() -> bool:
 def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:
     if not all(hasattr(d, "coords") for d in devices):
         return list(devices), [len(devices)]
-    where = {d: (*d.coords, getattr(d, "core_on_chip", 0)) for d in devices}
-    torus = [len({c[i] for c in where.values()}) for i in range(len(next(iter(where.values()))))]
+    coords = [(*d.coords, getattr(d, "core_on_chip", 0)) for d in devices]
+    torus = [len(set(along)) for along in zip(*coords, strict=True)]
     if math.prod(torus) != len(devices):  # part of a slice: no box of devices to follow
         return list(devices), [len(devices)]
-    return sorted(devices, key=lambda d: where[d]), torus
+    order = sorted(range(len(devices)), key=lambda i: coords[i])
+    return [devices[i] for i in order], torus
 
 
 def _cut(size: int, inner: int, torus: Sequence[int]) -> list[int]:

@@ -22,7 +22,8 @@ from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import run_layers
 from maxlm.model.transformer import Transformer
-from maxlm.sharding import compute_spec, enter_step, leave_step, param_spec, zeros_like_gradient
+from maxlm.schedule import make_schedule
+from maxlm.sharding import compute_spec, enter_step, leave_step, zeros_like_gradient
 
 State = dict[str, Any]
 BATCH_DTYPES = {
@@ -59,31 +60,27 @@ class Program:
     @cached_property
     def schedule(self) -> optax.Schedule:
         """Learning rate at a step."""
-        return optim.make_schedule(self.config.optim, self.config.train.num_steps)
-
-    @cached_property
-    def specs(self) -> Any:
-        """PartitionSpec of every leaf of the state."""
-        with jax.set_mesh(self.mesh):
-            shapes = jax.eval_shape(self._init, jax.random.key(0))
-            params = jax.tree.map(param_spec, self.dims)
-        specs = {"step": PartitionSpec(), "params": params}
-        specs["opt"] = optim.state_specs(self.optimizer, shapes["params"], params)
-        return specs | ({"ema": params} if "ema" in shapes else {})
+        return make_schedule(self.config.optim, self.config.train.num_steps)
 
     @cached_property
     def state_shapes(self) -> Any:
-        """The state as ShapeDtypeStructs with shardings: for restore, for ahead-of-time compilation."""
+        """The state as ShapeDtypeStructs with shardings: for restore, for ahead-of-time compilation.
+
+        Parameters say where they rest (sharding.PARAM); the optimizer's state follows them by its types.
+        """
         with jax.set_mesh(self.mesh):
-            shapes = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, self.state_shardings
-        )
+            shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
+
+        def place(leaf: Any) -> jax.ShapeDtypeStruct:
+            spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, shapes)
 
     @cached_property
     def state_shardings(self) -> Any:
         """Where every leaf of the state rests."""
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs, is_leaf=_is_spec)
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
 
     @cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -103,7 +100,10 @@ class Program:
     @cached_property
     def init(self) -> Callable[[jax.Array], State]:
         """key -> state, every array created in its resting place: nothing is ever whole on one device."""
-        return jax.jit(self._init, out_shardings=self.state_shardings)
+        # random bits take XLA's CPU backend as long to optimize as a whole step, for one run of a second
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 1} if on_cpu else None
+        return jax.jit(self._init, out_shardings=self.state_shardings, compiler_options=options)
 
     @cached_property
     def step(self) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
@@ -128,28 +128,26 @@ class Program:
 
     # ---- pure functions
 
-    def logits(self, params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        """float32 logits [B, T, V]; params as enter_step returns them."""
+    def logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
+        """float32 logits [B, T, V] of rows [B, T], or [B, 1, V] of position `at` alone."""
         stack = partial(run_layers, kernel=attention, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
-            return nnx.merge(self.graph, params)(tokens_BT, positions_BT, segments_BT, stack)
+            return nnx.merge(self.graph, params)(rows["tokens"], rows["positions"], rows["segments"], stack, at)
 
     def _init(self, key: jax.Array) -> State:
         params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model))[1])
-        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optim.init(self.optimizer, params)}
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": self.optimizer.init(params)}
         if self.config.optim.ema is not None:
-            state["ema"] = params
+            state["ema"] = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
         return state
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, metrics = self._grads(state["params"], batch)
-        specs = self.specs
-        params, opt = optim.update(self.optimizer, specs["params"], specs["opt"], state["params"], state["opt"], grads)
-        step = state["step"] + 1
-        new = {"step": step, "params": params, "opt": opt}
+        params, opt = optim.update(self.optimizer, state["params"], state["opt"], grads)
+        new = {"step": state["step"] + 1, "params": params, "opt": opt}
         if self.config.optim.ema is not None:
-            new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, step)
+            new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, state["step"])
         squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
         metrics["grad_norm"] = jnp.sqrt(sum(jax.tree.leaves(squares)))
         metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
@@ -178,14 +176,14 @@ class Program:
         return grads, {"loss": sums["loss"] / count, "objective": sums["total"] / count, "targets": sums["targets"]}
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = self.logits(params, rows["tokens"], rows["positions"], rows["segments"])
+        logits_BTV = self.logits(params, rows)
         total = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         return total, {"loss": loss, "total": total, "targets": rows["mask"].sum()}
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            logits_BTV = self.logits(params, rows["tokens"], rows["positions"], rows["segments"])
+            logits_BTV = self.logits(params, rows)
             loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 
@@ -201,13 +199,9 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
         token_loss: replaces the default, cross entropy with config.train.z_loss.
     """
     with jax.set_mesh(mesh):
-        model = jax.eval_shape(lambda key: Transformer(key, config.model), jax.random.key(0))
+        model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
     graph, state = nnx.split(model)
     own = nnx.to_pure_dict(dims_of(state))
     dims = jax.tree.map(lambda d, s: "L" * (len(s.shape) - len(d)) + d, own, nnx.to_pure_dict(state))
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
     return Program(config, mesh, token_loss or next_token_loss(config.train.z_loss), graph, dims, optimizer)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)

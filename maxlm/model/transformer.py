@@ -33,17 +33,18 @@ class Transformer(nnx.Module):
         self.final_norm = Norm(config)
         self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, stack: Stack) -> jax.Array:
-        """Predicts the next token at every position.
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, stack: Stack, at: jax.Array | None = None) -> jax.Array:
+        """Predicts the next token at every position, or at one.
 
         Args:
             tokens_BT: int32 token ids.
             positions_BT: int32 positions within documents.
             segments_BT: int32 document numbers; a token attends within its own.
             stack: runs the layers.
+            at: int32 scalar; only the logits of this position are computed, and T is 1 in what is returned.
 
         Returns:
-            float32 logits [B, T, V] over the padded vocabulary; padding is -inf-like and cannot be sampled.
+            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled.
         """
         dtype = jnp.dtype(self.config.dtype)
         embed_VD = gather(self.embed[...], "VD", dtype)
@@ -53,6 +54,8 @@ class Transformer(nnx.Module):
         if self.positions is not None:
             x_BTD = x_BTD + _lookup(gather(self.positions[...], "PD", dtype), positions_BT)
         x_BTD = stack(self.layers, x_BTD, positions_BT, segments_BT)
+        if at is not None:
+            x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
         x_BTD = self._final_norm(dtype)(x_BTD)
         if self.unembed is None:
             logits_BTV = einsum("BTD,VD->BTV", x_BTD, embed_VD, preferred_element_type=jnp.float32)

@@ -1,0 +1,143 @@
+"""Sharded, asynchronous checkpoints through Orbax, restored onto whatever mesh asks for them."""
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from maxlm import storage
+from maxlm.config import CheckpointConfig
+from maxlm.storage import StorageError
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read; the message says which and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in RUN/checkpoints/STEP.
+
+    A step's folder appears under its name only once it is complete: a save that is interrupted leaves the earlier
+    ones as they are. The newest `keep_last` are kept, and every step that is a multiple of `keep_every`.
+    """
+
+    def __init__(self, run_dir: str, config: CheckpointConfig, *, read_only: bool = False):
+        """Opens a run's checkpoints.
+
+        Args:
+            run_dir: folder or gs:// bucket of the run.
+            config: retention and mode.
+            read_only: change nothing: another run's checkpoints.
+
+        Raises:
+            StorageError: the folder cannot be used.
+        """
+        self.path = storage.join(run_dir, "checkpoints")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else config.keep_last,
+            keep_period=None if read_only else config.keep_every,
+            enable_async_checkpointing=config.asynchronous,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        try:
+            path = self.path if storage.is_bucket(self.path) else os.path.abspath(self.path)
+            self._manager = ocp.CheckpointManager(
+                path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+        except OSError as error:
+            raise StorageError(f"cannot use {self.path}: {error.strerror or error}") from None
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+        """Saves the state of a step. Returns once it is copied from the devices, unless told to wait for the disk.
+
+        Raises:
+            CheckpointError: this save, or an earlier one in the background, failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            if wait:
+                self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise CheckpointError(self._failed(f"saving step {step}", error)) from error
+
+    def restore(self, step: int, shapes: Any) -> Any:
+        """Reads a step into arrays of the given shapes, dtypes and shardings.
+
+        Args:
+            step: one of steps().
+            shapes: the state's tree of ShapeDtypeStruct with shardings (Program.state_shapes).
+
+        Raises:
+            CheckpointError: the step cannot be read, or holds other arrays.
+        """
+        try:
+            saved = _leaves(self._manager.item_metadata(step))
+            wanted = _leaves(shapes)
+            if difference := _difference(saved, wanted):
+                raise CheckpointError(f"checkpoint {self.path}/{step} does not fit this run: {difference}")
+            return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(self._failed(f"reading step {step}", error)) from error
+
+    def step_path(self, step: int | None) -> str:
+        """Folder of a step."""
+        return storage.join(self.path, str(step))
+
+    def wait(self) -> None:
+        """Waits for saves in the background.
+
+        Raises:
+            CheckpointError: one of them failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise CheckpointError(self._failed("saving in the background", error)) from error
+
+    def close(self) -> None:
+        """Ends the background work. Call wait first, to hear of failures."""
+        self._manager.close()
+
+    def _failed(self, what: str, error: Exception) -> str:
+        steps = self.steps()
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        return f"{what} in {self.path} failed: {' '.join(str(error).split())[:300]}; {kept}"
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    named = {"/".join(_name(k) for k in path): leaf for path, leaf in flat if hasattr(leaf, "shape")}
+    return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in named.items()}
+
+
+def _name(key: Any) -> str:
+    return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
+
+
+def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first array by which a checkpoint and a run differ, as a phrase; empty when they fit."""
+    for path in [*wanted, *saved]:
+        if path not in saved:
+            return f"it has no {path}"
+        if path not in wanted:
+            return f"its {path} has no place here"
+        if saved[path] != wanted[path]:
+            return f"{path} is {saved[path][1]}{list(saved[path][0])} there and {wanted[path][1]}{list(wanted[path][0])} here"
+    return ""

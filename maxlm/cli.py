@@ -1,0 +1,133 @@
+"""The command line: thin, one function per command. Errors a user can mend end in one sentence and exit code 2."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
+
+EPILOG = """examples:
+  maxlm train configs/quickstart.yaml                     train, or continue where it stopped
+  maxlm train configs/quickstart.yaml train.steps=400     the same run, longer
+  maxlm config configs/quickstart.yaml mesh.tensor=2      what would run
+  maxlm data build docs/ --out stores/docs                text to a token store
+  maxlm report runs/a runs/b                              compare two runs
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 failed on the way, 2 asked for wrongly, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ConfigError, ValueError, OSError) as error:
+        return _fail(error, 2)
+    except (RuntimeError, FloatingPointError) as error:
+        if type(error).__module__.startswith("maxlm") or isinstance(error, FloatingPointError):
+            return _fail(error, 1)
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="maxlm", description="Trains large language models in JAX.", epilog=EPILOG, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser(
+        "train",
+        help="train a run, or continue it",
+        description="Trains the run that CONFIG describes; given again, continues it from its newest checkpoint. "
+        "Ctrl-C saves and stops; a second Ctrl-C stops at once.",
+        epilog="`maxlm config --fields` lists all fields.",
+    )
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser(
+        "config", help="show what a config resolves to", description="Prints the resolved configuration as YAML."
+    )
+    config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    config.add_argument("overrides", metavar="section.field=value", nargs="*", help="settings that replace the file's")
+    config.add_argument("--fields", action="store_true", help="list every field with type, default and meaning")
+    config.add_argument("--json", action="store_true", help="print JSON")
+    config.set_defaults(run=_config)
+
+    report = commands.add_parser(
+        "report",
+        help="draw a run, or compare several",
+        description="Writes report.html and loss.png, into the run's folder or into --out, and prints the figures.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folder or bucket")
+    report.add_argument("--out", metavar="FOLDER", help="where the report goes (default: RUN; for several, here)")
+    report.add_argument("--json", action="store_true", help="print the figures as JSON and draw nothing")
+    report.set_defaults(run=_report)
+
+    from maxlm.data import cli as data_cli
+
+    data_cli.add_parser(commands)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", metavar="section.field=value", nargs="*", help="settings that replace the file's")
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from maxlm.trainer import train  # JAX starts here, after the config is known to be right
+
+    result = train(config)
+    if result.status == "already complete":
+        figures = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.final.items())
+        print(
+            f"{result.run_dir} is complete: {result.step} steps" + (f" ({figures})" if figures else "") + ".\n"
+            f"  go on:       maxlm train {args.config} train.steps={2 * result.step}\n"
+            f"  look at it:  maxlm report {result.run_dir}\n"
+            f"  start anew:  maxlm train {args.config} run.name=NAME"
+        )
+    elif result.status == "complete":
+        print(f"continue with more steps: maxlm train {args.config} train.steps={2 * result.step}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.fields:
+        rows = [dict(zip(("field", "type", "default", "meaning"), row, strict=True)) for row in describe_fields()]
+        if args.json:
+            print(json.dumps(rows, indent=1))
+        else:
+            for row in rows:
+                print(f"{row['field']}: {row['type']} = {row['default']}\n    {row['meaning']}")
+        return 0
+    if args.config is None:
+        raise ConfigError("name a config file, such as configs/quickstart.yaml, or give --fields")
+    config = load_config(args.config, args.overrides)
+    print(json.dumps(config.model_dump(mode="json"), indent=1) if args.json else to_yaml(config), end="")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from maxlm import report
+
+    if args.json:
+        print(json.dumps(report.report_data(args.runs), indent=1))
+        return 0
+    for run in args.runs:
+        print(report.text_summary(run), end="\n\n")
+    for path in report.write_report(args.runs, args.out):
+        print(path)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

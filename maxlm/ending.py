@@ -1,0 +1,149 @@
+"""What a run says at its start and at its end: facts, sample, baselines, report."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from maxlm import flops, report, units
+from maxlm.data.baseline import ngram_bits_per_byte
+from maxlm.data.loader import Loader
+from maxlm.feed import DataSource
+from maxlm.hardware import detect
+from maxlm.loop import Loop
+from maxlm.progress import Progress, summary_table
+from maxlm.run_folder import RunFolder
+from maxlm.sample import sample
+from maxlm.step import Program, State
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
+    """What is known of a run before its first step, as JSON.
+
+    Args:
+        program: the run's program.
+        sizes: logical mesh axes.
+
+    Returns:
+        params (count), flops_per_token, peak_flops (FLOP/s of all devices, None where unknown), mesh, num_devices,
+        device_kind, bytes_per_device (state: weights and optimizer).
+    """
+    config, device = program.config, program.mesh.devices.flat[0]
+    chip = detect(device)
+    peak = chip.peak(config.model.dtype) if chip else None
+    return {
+        "params": flops.num_params(config.model)["total_unpadded"],
+        "flops_per_token": flops.train_flops_per_token(config.model, config.train.seq_len),
+        "peak_flops": peak * program.mesh.size if peak else None,
+        "mesh": sizes,
+        "num_devices": program.mesh.size,
+        "device_kind": device.device_kind,
+        "bytes_per_device": bytes_per_device(program.state_shapes),
+    }
+
+
+def bytes_per_device(shapes: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def show(progress: Progress, run_facts: dict[str, Any], program: Program, folder: RunFolder, first: int) -> None:
+    """Prints the summary with which a run starts."""
+    config, train = program.config, program.config.train
+    tokens = (train.num_steps - first) * train.tokens_per_step
+    mesh = " x ".join(f"{name} {size}" for name, size in run_facts["mesh"].items())
+    chunks = f" in {train.grad_accum} microbatches" if train.grad_accum > 1 else ""
+    rows = {
+        "run": f"{folder.path}" + (f", continued after step {first}" if first else ""),
+        "parameters": units.count(run_facts["params"]),
+        "batch": f"{train.batch_size} x {train.seq_len} = {units.count(train.tokens_per_step)} tokens{chunks}",
+        "length": f"steps {first + 1} to {train.num_steps}: {units.count(tokens)} tokens",
+        "model FLOPs": f"{units.count(run_facts['flops_per_token'] * tokens)} in all, "
+        f"{units.count(run_facts['flops_per_token'])} per token",
+        "mesh": f"{mesh} on {run_facts['num_devices']} {run_facts['device_kind']} devices",
+        "state": f"{units.size(run_facts['bytes_per_device'])} per device (float32 weights, {config.optim.name} state)",
+        "precision": f"{config.model.dtype} compute, float32 weights, optimizer and loss",
+    }
+    progress.note(summary_table(rows))
+    progress.note("compiling the step; the first one takes a while")
+
+
+@dataclass
+class Ending:
+    """Closes a run: summary.json, and when it is complete the final figures, sample and report."""
+
+    loop: Loop
+    folder: RunFolder
+    source: DataSource
+    facts: dict[str, Any]
+    wall_s: float
+
+    def stopped(self, step: int, stopped_by: str) -> None:
+        """After a signal or a callback: the state is saved, say how to go on."""
+        self.loop.checkpoints.wait()
+        self._write(step, "stopped")
+        self.loop.progress.note(
+            f"stopped by {stopped_by} after step {step}, which is saved in {self.loop.checkpoints.path}.\n"
+            "Run the same command again to continue."
+        )
+
+    def complete(self, state: State, step: int) -> dict[str, float]:
+        """After the last step. Returns the final figures."""
+        note = self.loop.progress.note
+        final = {"train_loss": self.loop.last["loss"], **self.loop.evaluate(state, step)}
+        more: dict[str, Any] = {"final": final}
+        if isinstance(self.source, Loader) and "heldout_loss" in final:
+            more["baselines"] = ngram_bits_per_byte(self.source.stores[0])
+        more |= self._sample(state)
+        self.loop.checkpoints.wait()
+        self._write(step, "complete", **more)
+        note(summary_table(self._closing_rows(final, more)))
+        if self.folder.primary:
+            paths = report.write_report([self.folder.path])
+            note("report       " + "\n             ".join(str(path) for path in paths))
+        return final
+
+    def _sample(self, state: State) -> dict[str, str]:
+        config = self.loop.config.eval
+        if not isinstance(self.source, Loader) or not config.sample_tokens:
+            return {}
+        tokenizer = self.source.stores[0].tokenizer()
+        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        prompt = [start, *(int(i) for i in tokenizer.encode_batch([config.sample_prompt])[0])]
+        params = state.get("ema", state["params"])
+        ids = sample(self.loop.program, params, prompt, config.sample_tokens, tokenizer.eos_id, SAMPLE_TEMPERATURE)
+        text = tokenizer.decode(ids)
+        self.loop.progress.note(f"sample (temperature {SAMPLE_TEMPERATURE}):\n{config.sample_prompt}{text}\n")
+        return {"prompt": config.sample_prompt, "sample": text}
+
+    def _closing_rows(self, final: dict[str, float], more: dict[str, Any]) -> dict[str, str]:
+        rows = {"train loss": f"{final['train_loss']:.4f} nats per token"}
+        if "heldout_loss" in final:
+            rows["held-out loss"] = f"{final['heldout_loss']:.4f} nats per token"
+        if bits := final.get("heldout_bits_per_byte"):
+            base = more["baselines"]
+            rows["bits per byte"] = (
+                f"{bits:.3f} held out; counting models on the same split: "
+                f"trigram {base['trigram']:.3f}, unigram {base['unigram']:.3f}"
+            )
+        rows["time"] = f"{units.duration(self.wall_s)}, first step after {self.loop.first_step_s:.1f} s"
+        rows["checkpoint"] = self.loop.checkpoints.step_path(self.loop.checkpoints.latest())
+        return rows
+
+    def _write(self, step: int, status: str, **more: Any) -> None:
+        self.folder.write_summary(
+            {
+                **self.folder.read_summary(),
+                **self.facts,
+                "status": status,
+                "step": step,
+                "first_step_s": self.loop.first_step_s,
+                "wall_s": self.wall_s,
+                "checkpoint": self.loop.checkpoints.step_path(step),
+                **more,
+            }
+        )

@@ -1,0 +1,136 @@
+"""The folder of a run: what is in it, who may write to it, and whether a config continues it.
+
+    config.yaml      resolved configuration of the last start
+    identity.json    what must not change within a run: model, data, seed, batch, optimizer
+    checkpoints/     STEP/ folders, written by Orbax
+    metrics.jsonl    one line per logged step and per evaluation
+    summary.json     where the run stands: status, final figures, baselines, sample, times
+    train.log        what was printed
+    report.html      drawn at the end, and by `maxlm report`
+    loss.png
+    tensorboard/     when log.tensorboard is on
+    profile/         when train.profile_steps is set
+    .lock            held by the process that trains; local folders only
+"""
+
+import fcntl
+import json
+import os
+from typing import IO, Any
+
+import jax
+
+from maxlm import storage
+from maxlm.config import Config
+from maxlm.config_file import ConfigError, to_yaml
+
+
+def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """What a run is: two configs with the same identity continue one another.
+
+    Length, schedule, mesh, microbatches, evaluation, saving and logging are not part of it.
+
+    Args:
+        config: the run.
+        data: identity of its data (loader.identity).
+    """
+    train = {k: getattr(config.train, k) for k in ("seed", "batch_size", "seq_len", "z_loss", "start_from")}
+    return {"model": config.model.model_dump(mode="json"), "data": data, "train": train, "optim.name": config.optim.name}
+
+
+class RunFolder:
+    """An opened run folder. Use as a context manager: the lock is held inside it.
+
+    Attributes:
+        path: folder or bucket url.
+        exists: the folder holds a run already.
+        primary: this process writes; of many hosts, one does.
+        log_file: train.log, opened; None in buckets and on other hosts.
+    """
+
+    def __init__(self, config: Config):
+        self.path = storage.join(config.run.root, config.run.name)
+        self.exists = storage.exists(self.file("identity.json"))
+        self.primary = jax.process_index() == 0
+        self.log_file: IO[str] | None = None
+        self._lock: int | None = None
+
+    def file(self, name: str) -> str:
+        """Path of a file or folder of the run."""
+        return storage.join(self.path, name)
+
+    def __enter__(self) -> "RunFolder":
+        if self.primary and not storage.is_bucket(self.path):
+            self._take_lock()
+            self.log_file = open(self.file("train.log"), "a")  # noqa: SIM115 (closed by __exit__)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.log_file is not None:
+            self.log_file.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """Refuses a folder that holds another run.
+
+        Args:
+            wanted: identity of this run.
+
+        Raises:
+            ConfigError: names each field that differs, with both values.
+        """
+        if self.exists:
+            there = json.loads(storage.read_bytes(self.file("identity.json")))
+            changes = _changes(there, json.loads(json.dumps(wanted)))
+            if changes:
+                raise ConfigError(
+                    f"{self.path} holds another run: {'; '.join(changes)}. "
+                    "Give this run its own folder (run.name=NAME), or go back to those values"
+                )
+        elif storage.exists(self.file("checkpoints")) and storage.list_dir(self.file("checkpoints")):
+            raise ConfigError(f"{self.path} has checkpoints but no identity.json; use another run.name")
+
+    def write_config(self, config: Config, wanted: dict[str, Any]) -> None:
+        """Saves what was resolved, before the first step."""
+        if not self.primary:
+            return
+        storage.write_bytes(self.file("config.yaml"), to_yaml(config).encode())
+        storage.write_bytes(self.file("identity.json"), json.dumps(wanted, indent=1).encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replaces summary.json."""
+        if not self.primary:
+            return
+        storage.write_bytes(self.file("summary.json"), json.dumps(summary, indent=1).encode())
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json, or {} when there is none."""
+        path = self.file("summary.json")
+        return json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+
+    def _take_lock(self) -> None:
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self._lock = os.open(self.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise storage.StorageError(f"cannot write to run folder {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self._lock, 32).decode() or "?"
+            os.close(self._lock)
+            self._lock = None
+            raise ConfigError(f"{self.path} is being trained by process {owner}; wait for it, or use another run.name") from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
+
+
+def _changes(there: Any, here: Any, path: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [*there, *(k for k in here if k not in there)]
+        return [c for k in keys for c in _changes(there.get(k), here.get(k), f"{path}.{k}".lstrip("."))]
+    if there == here:
+        return []
+    return [f"{path} was {json.dumps(there)[:80]} and is {json.dumps(here)[:80]}"]

@@ -1,0 +1,168 @@
+"""Training, from a config to a report. The one file that sees every part; it reads top to bottom.
+
+    config -> mesh -> data -> run folder -> step and state -> loop -> evaluation, sample, report
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from maxlm import ending, storage
+from maxlm.checkpoint import Checkpoints
+from maxlm.config import Config
+from maxlm.config_file import ConfigError
+from maxlm.data.build import ensure_stores
+from maxlm.data.cli import show_progress
+from maxlm.data.loader import Loader
+from maxlm.data.loader import identity as data_identity
+from maxlm.feed import DataSource, Feed, HostBatch, StepFunction
+from maxlm.loop import Callback, Loop
+from maxlm.loss import TokenLoss
+from maxlm.mesh import axis_sizes, check_fit, make_mesh, start_devices
+from maxlm.metrics import MetricsWriter
+from maxlm.progress import Progress
+from maxlm.run_folder import RunFolder, identity
+from maxlm.step import Program, State, build_program
+
+
+@dataclass
+class Result:
+    """What a call of train did.
+
+    Attributes:
+        run_dir: the run's folder.
+        step: finished steps.
+        status: "complete", "stopped" (by a signal or a callback; running again resumes), or "already complete".
+        final: train_loss and heldout_loss in nats per token, heldout_bits_per_byte of text.
+    """
+
+    run_dir: str
+    step: int
+    status: str
+    final: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    config: Config,
+    *,
+    token_loss: TokenLoss | None = None,
+    data: Callable[[int], HostBatch] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Runs, or resumes, a training run.
+
+    Args:
+        config: the run. Running it again continues from the newest checkpoint, bit for bit.
+        token_loss: (float32 logits [B, T, V], batch) -> loss of every token [B, T]; default: cross entropy.
+        data: step -> global batch {"tokens", "targets": int32 [B, T], ...}, instead of config.data.
+        callbacks: called after every step.
+
+    Returns:
+        Where the run stands.
+
+    Raises:
+        ConfigError: the config does not fit the devices, the data or the run folder.
+        CheckpointError: a save failed, or a checkpoint cannot be read.
+        FloatingPointError: the loss is not finite any more.
+        OSError, ValueError: data or folders cannot be used; one sentence that names them.
+    """
+    started = time.perf_counter()
+
+    # ---- devices and mesh
+    devices = start_devices(config.mesh)
+    sizes = axis_sizes(config.mesh, len(devices))
+    check_fit(config, sizes)
+    mesh = make_mesh(config.mesh, devices)
+    _use_compilation_cache(config.train.compilation_cache)
+
+    with contextlib.ExitStack() as stack:
+        # ---- run folder and data: never two runs in one folder, never other data in the same run
+        folder = stack.enter_context(RunFolder(config))
+        source, data_id = _open_data(config, data)
+        stack.callback(source.close)
+        wanted = identity(config, data_id)
+        folder.check(wanted)
+        checkpoints = Checkpoints(folder.path, config.checkpoint)
+        stack.callback(checkpoints.close)
+        done = checkpoints.latest() or 0
+        if done >= config.train.num_steps:
+            return Result(folder.path, done, "already complete", folder.read_summary().get("final", {}))
+
+        # ---- step and state
+        stack.enter_context(jax.set_mesh(mesh))
+        program = build_program(config, mesh, token_loss)
+        state, first = _first_state(program, checkpoints)
+        folder.write_config(config, wanted)
+
+        # ---- loop
+        facts = ending.facts(program, sizes)
+        progress = stack.enter_context(_progress(config, folder, facts, first))
+        metrics = stack.enter_context(_metrics(config, folder, first)) if folder.primary else None
+        ending.show(progress, facts, program, folder, first)
+        feed = Feed(program, source)
+        loop = Loop(program, feed, checkpoints, metrics, progress, callbacks, facts, folder.file("profile"))
+        state, step, stopped_by = loop.run(state, first)
+
+        # ---- evaluation, sample, report
+        finish = ending.Ending(loop, folder, source, facts, time.perf_counter() - started)
+        if stopped_by:
+            finish.stopped(step, stopped_by)
+            return Result(folder.path, step, "stopped")
+        return Result(folder.path, step, "complete", finish.complete(state, step))
+
+
+def _progress(config: Config, folder: RunFolder, facts: dict[str, Any], first: int) -> Progress:
+    return Progress(
+        config.train.num_steps,
+        first,
+        facts["peak_flops"],
+        facts["flops_per_token"],
+        console=None if folder.primary else Console(quiet=True),
+        log_file=folder.log_file,
+    )
+
+
+def _metrics(config: Config, folder: RunFolder, first: int) -> MetricsWriter:
+    return MetricsWriter(folder.path, config.log, config.model_dump(mode="json"), first or None)
+
+
+def _use_compilation_cache(folder: str | None) -> None:
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+
+
+def _open_data(config: Config, function: Callable[[int], HostBatch] | None) -> tuple[DataSource, dict[str, Any]]:
+    if function is not None:
+        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+        return StepFunction(function), {"function": name}
+    with show_progress() as progress:
+        ensure_stores(config.data, progress)
+    return Loader(config.data, config.train, config.model.vocab_size), data_identity(config.data)
+
+
+def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int]:
+    """The run's newest checkpoint, else another run's (train.start_from), else a new state."""
+    train = program.config.train
+    step = checkpoints.latest()
+    if step is not None:
+        return checkpoints.restore(step, program.state_shapes), step
+    if train.start_from is None:
+        return program.init(jax.random.key(train.seed)), 0
+    path, _, text = train.start_from.partition("@")
+    if not storage.exists(storage.join(path, "checkpoints")):
+        raise ConfigError(f"train.start_from={train.start_from}: {path} is not a run folder with checkpoints")
+    with contextlib.closing(Checkpoints(path, program.config.checkpoint, read_only=True)) as other:
+        step = int(text) if text.isdigit() else None if text else other.latest()
+        if step is None or step not in other.steps():
+            raise ConfigError(
+                f"train.start_from={train.start_from}: {path} has the steps {other.steps()}; write RUN or RUN@STEP"
+            )
+        if step >= train.num_steps:
+            raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
+        return other.restore(step, program.state_shapes), step

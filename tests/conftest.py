@@ -1,0 +1,60 @@
+"""Eight fake CPU devices, strict number types, no state that leaks from one test to the next.
+
+Everything up to the fixtures has to happen before jax makes its first array.
+"""
+
+import importlib.util
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test that wants the cache turns it on for itself
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles without asking for the machine it would run on
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reads the network
+os.environ["MPLBACKEND"] = "agg"
+# On a busy machine eight devices share few cores: wait for a slow collective, do not abort the process.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+).strip()
+
+import jax
+import pytest
+
+# By config and not by environment: programs that tests start see the machine as a user's would.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ORACLES = {"torch": "torch", "transformers": "transformers", "aqtp": "aqt"}  # package: module
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives tests that use libtpu one process, and skips what is not installed, saying how to get it."""
+    missing = [package for package, module in ORACLES.items() if not _is_installed(module)]
+    for item in items:
+        if item.get_closest_marker("oracle") and missing:
+            reason = f"{', '.join(missing)} not installed; install with: make test-oracles"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("tpu"):
+            item.add_marker(pytest.mark.xdist_group("tpu"))
+            if not _is_installed("libtpu"):
+                reason = "libtpu not installed; install with: pip install 'maxlm[plan]'"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def no_mesh_left_set():
+    """A test that calls jax.set_mesh and does not leave it would lend its mesh to the next one."""
+    yield
+    if not jax.sharding.get_abstract_mesh().empty:
+        jax.set_mesh(None)
+        pytest.fail("the test left jax.set_mesh set; use `with jax.set_mesh(mesh):`")

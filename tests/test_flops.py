@@ -1,0 +1,116 @@
+import jax
+import pytest
+from helpers import program_on, small_config
+
+from maxlm.config import ModelConfig
+from maxlm.flops import mfu, num_params, train_flops_per_token
+
+
+def llama_8b(**fields):
+    return ModelConfig.model_validate(
+        {
+            "vocab_size": 128256,
+            "num_layers": 32,
+            "d_model": 4096,
+            "d_ff": 14336,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            **fields,
+        }
+    )
+
+
+def gpt2(**fields):
+    return ModelConfig.model_validate(
+        {
+            "vocab_size": 50257,
+            "num_layers": 12,
+            "d_model": 768,
+            "d_ff": 3072,
+            "num_heads": 12,
+            "norm": "layer",
+            "norm_bias": True,
+            "position": "learned",
+            "max_positions": 1024,
+            "mlp": "plain",
+            "mlp_bias": True,
+            "attention_bias": "all",
+            "tie_embeddings": True,
+            **fields,
+        }
+    )
+
+
+def test_llama_8b_has_its_published_parameters():
+    counts = num_params(llama_8b())
+    assert counts["embedding"] == counts["unembedding"] == 128256 * 4096
+    assert counts["attention"] == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert counts["mlp"] == 32 * 3 * 4096 * 14336
+    assert counts["norms"] == 65 * 4096
+    assert counts["total"] == counts["total_unpadded"] == 8_030_261_248
+
+
+def test_gpt2_has_its_published_parameters():
+    counts = num_params(gpt2())
+    assert counts["total_unpadded"] == 124_439_808
+    assert counts["total"] == 124_439_808 + (50304 - 50257) * 768
+    assert counts["positions"] == 1024 * 768
+    assert counts["unembedding"] == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tie_embeddings": True, "vocab_multiple": 8},
+        {"mlp": "plain", "mlp_bias": True, "attention_bias": "qkv"},
+        {"mlp_bias": True, "attention_bias": "all", "norm_position": "both"},
+        {"norm": "layer", "norm_bias": True, "qk_norm": True, "norm_position": "post"},
+        {"position": "learned", "max_positions": 17, "num_kv_heads": None},
+    ],
+    ids=str,
+)
+def test_counts_are_those_of_the_real_model(fields):
+    config = small_config(model={**small_config().model.model_dump(), **fields})
+    shapes = program_on(config).state_shapes["params"]
+    assert num_params(config.model)["total"] == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_llama_8b_flops_by_hand():
+    # 6 x (32 layers x (41,943,040 + 176,160,768) + 4096 x 128256) = 45.03 G, and per layer and token attention is
+    # 12 FLOPs x 4096 features x 8192 / 2 keys: 6.44 G
+    assert train_flops_per_token(llama_8b(), 8192) == 45_027_950_592 + 6_442_450_944
+    # counted in full, as in MaxText's older tables, attention is twice that: 7,207 tokens/s/chip on v6e are 45.5 %
+    assert mfu(7207, 45_027_950_592 + 2 * 6_442_450_944, 918e12) == pytest.approx(0.455, abs=5e-4)
+    assert mfu(256 * 7207, train_flops_per_token(llama_8b(), 8192), 256 * 918e12) == pytest.approx(0.404, abs=5e-4)
+
+
+def test_flops_leave_out_what_does_no_work():
+    base = train_flops_per_token(gpt2(), 1024)
+    assert train_flops_per_token(gpt2(vocab_multiple=4096), 1024) == base
+    assert train_flops_per_token(gpt2(mlp_bias=False, attention_bias="none"), 1024) == base
+    assert train_flops_per_token(gpt2(position="rope"), 1024) == base
+    # the output projection is a matmul whether or not its table is tied
+    assert train_flops_per_token(gpt2(tie_embeddings=False), 1024) == base
+
+
+def test_sliding_window_costs_its_window():
+    full = train_flops_per_token(llama_8b(), 8192)
+    local = {"layer_pattern": ("local",)}
+    assert train_flops_per_token(llama_8b(**local, sliding_window=8192), 8192) == full
+    assert train_flops_per_token(llama_8b(**local, sliding_window=10**6), 8192) == full
+    # all queries see 1024 keys but the first 1024, which see half of that on average
+    keys = 1024 * (7168 / 8192) + 512 * (1024 / 8192)
+    window = train_flops_per_token(llama_8b(**local, sliding_window=1024), 8192)
+    assert full - window == pytest.approx(12 * 32 * 4096 * (4096 - keys))
+    half = train_flops_per_token(llama_8b(layer_pattern=("local", "global"), sliding_window=1024), 8192)
+    assert half == pytest.approx((full + window) / 2)
+
+
+def test_attention_flops_approach_an_exact_count():
+    # the mean number of keys over a causal sequence with a window, counted query by query
+    seq_len, window = 4096, 512
+    exact = sum(min(t + 1, window) for t in range(seq_len)) / seq_len
+    model = llama_8b(layer_pattern=("local",), sliding_window=window)
+    attention = train_flops_per_token(model, seq_len) - 45_027_950_592
+    assert attention / (12 * 32 * 4096) == pytest.approx(exact, rel=2e-3)

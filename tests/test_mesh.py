@@ -1,0 +1,91 @@
+"""Axis sizes, layouts over a torus, and what does not fit."""
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import pytest
+from helpers import small_config
+
+from maxlm.config import MeshConfig
+from maxlm.config_file import ConfigError
+from maxlm.mesh import axis_sizes, check_fit, make_mesh
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a mesh reads of a TPU device."""
+
+    id: int
+    coords: tuple[int, ...]
+
+
+def torus(*shape):
+    """Devices in an order that is not that of their coordinates."""
+    all_coords = itertools.product(*(range(n) for n in reversed(shape)))
+    return [Device(i, tuple(reversed(c))) for i, c in enumerate(all_coords)]
+
+
+def test_minus_one_fills_what_is_left():
+    assert axis_sizes(MeshConfig(data=2, fsdp=-1, tensor=2), 16) == {"data": 2, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_devices", "word"),
+    [
+        ({"data": 3}, 8, "divides 8"),
+        ({"fsdp": 2, "tensor": 2}, 8, "mesh.fsdp=-1"),
+        ({"data": 4, "fsdp": 4}, 8, "mesh.fake_devices=16"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices(mesh, num_devices, word):
+    with pytest.raises(ConfigError, match=word):
+        axis_sizes(MeshConfig(**mesh), num_devices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mesh", "names", "sizes"),
+    [
+        ((4, 4), {}, ("data", "fsdp0", "fsdp1", "tensor"), (1, 4, 4, 1)),
+        ((4, 4), {"tensor": 2}, ("data", "fsdp0", "fsdp1", "tensor"), (1, 4, 2, 2)),
+        ((4, 4), {"data": 2, "fsdp": 4, "tensor": 2}, ("data", "fsdp0", "fsdp1", "tensor"), (2, 2, 2, 2)),
+        ((4, 4), {"data": 4, "fsdp": 4}, ("data", "fsdp", "tensor"), (4, 4, 1)),
+        ((2, 2, 4), {}, ("data", "fsdp0", "fsdp1", "fsdp2", "tensor"), (1, 2, 2, 4, 1)),
+    ],
+)
+def test_fsdp_is_cut_at_torus_dimensions(shape, mesh, names, sizes):
+    made = make_mesh(MeshConfig(**mesh), torus(*shape))
+    assert made.axis_names == names
+    assert made.devices.shape == sizes
+
+
+def test_every_fsdp_axis_walks_one_torus_dimension():
+    made = make_mesh(MeshConfig(tensor=2), torus(4, 4))
+    for axis, dimension in ((1, 0), (2, 1)):
+        first = [0] * made.devices.ndim
+        walked = []
+        for i in range(made.devices.shape[axis]):
+            first[axis] = i
+            walked.append(made.devices[tuple(first)].coords)
+        assert all(c[1 - dimension] == walked[0][1 - dimension] for c in walked)
+
+
+def test_devices_without_coordinates_are_one_dimension():
+    assert make_mesh(MeshConfig(tensor=2), jax.devices()).axis_names == ("data", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("sections", "sizes", "words"),
+    [
+        ({}, {"tensor": 4}, ["model.num_heads=6", "mesh.tensor=4", "mesh.tensor=3"]),
+        ({}, {"tensor": 3}, ["model.num_kv_heads=2", "mesh.tensor=2"]),
+        ({}, {"fsdp": 8}, ["model.d_model=20", "mesh.fsdp=5"]),
+        ({"train": {"batch_size": 6}}, {"data": 2, "fsdp": 2}, ["train.batch_size=6", "train.batch_size=8"]),
+        ({"train": {"grad_accum": 4}}, {"fsdp": 4}, ["4 microbatches", "train.batch_size=16"]),
+    ],
+)
+def test_model_and_batch_must_divide_over_the_mesh(sections, sizes, words):
+    with pytest.raises(ConfigError) as caught:
+        check_fit(small_config(**sections), {"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+    for word in words:
+        assert word in str(caught.value)

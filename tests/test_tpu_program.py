@@ -1,0 +1,91 @@
+"""The train step compiled by the real TPU compiler, for a slice that is not there."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import small_config
+
+from maxlm import hlo
+from maxlm.config import MeshConfig
+from maxlm.mesh import make_mesh
+from maxlm.step import build_program
+
+pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu")]
+
+L, D, F, V, H = 4, 2048, 5632, 8192, 128
+MODEL = {
+    "vocab_size": V,
+    "num_layers": L,
+    "d_model": D,
+    "d_ff": F,
+    "num_heads": 16,
+    "num_kv_heads": 8,
+    "head_dim": H,
+    "dtype": "bfloat16",
+}
+MESHES = {"fsdp16": {}, "data2_fsdp4_tensor2": {"data": 2, "fsdp": 4, "tensor": 2}, "fsdp8_tensor2": {"tensor": 2}}
+
+
+@functools.cache
+def compiled(name: str, grad_accum: int = 1):
+    from jax.experimental import topologies
+
+    config = small_config(model=MODEL, train={"batch_size": 32, "seq_len": 256, "grad_accum": grad_accum})
+    devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
+    program = build_program(config, make_mesh(MeshConfig(**MESHES[name]), devices))
+    return program, program.lower_step().compile()
+
+
+def of_kind(found: list[hlo.Collective], *kinds: str) -> list[hlo.Collective]:
+    return [c for c in found if c.kind in kinds]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_are_gathered_one_layer_at_a_time_in_bf16(name):
+    found = hlo.collectives(compiled(name)[1].as_text())
+    in_layers = [c for c in of_kind(found, "all-gather") if L in c.loops]
+    matrices = [c for c in in_layers if c.bytes > 2 * 8 * D]
+    assert sum(c.times for c in matrices) >= 7 * L, "each of a layer's seven matrices, in each layer"
+    assert {c.dtype for c in matrices} == {"bf16"}
+    assert max(c.bytes for c in in_layers) <= 2 * D * F, "never more than one matrix of one layer"
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_are_reduce_scattered_and_never_all_reduced_whole(name):
+    program, step = compiled(name)
+    found = hlo.collectives(step.as_text())
+    scattered = [c for c in of_kind(found, "reduce-scatter") if L in c.loops]
+    assert sum(c.times for c in scattered) >= 7 * L
+    tensor = program.mesh.shape["tensor"]
+    smallest_matrix = D * 4 * H // tensor
+    rows = 32 // (16 // tensor)
+    activations = {(rows, 256, D), (rows, 256), (rows * 256, D), (rows * 256,)}
+    whole = [
+        c
+        for c in of_kind(found, "all-reduce")
+        if np.prod(c.shape) >= smallest_matrix and tuple(n for n in c.shape if n > 1) not in activations
+    ]
+    # over data a gradient is all-reduced once per step, outside the loops, when it is a shard of fsdp already
+    shards = [c for c in whole if not c.loops and "data" in name]
+    assert [c for c in whole if c not in shards] == []
+    fsdp = 16 // tensor // program.mesh.shape["data"]
+    assert all(np.prod(c.shape) <= L * D * F / (fsdp * tensor) for c in shards)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_state_is_updated_in_place(name):
+    program, step = compiled(name)
+    assert hlo.num_aliased(step.as_text()) >= len(jax.tree.leaves(program.state_shapes))
+    memory = step.memory_analysis()
+    state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes))
+    assert memory.alias_size_in_bytes >= state
+
+
+def test_the_all_reduce_over_data_happens_once_per_step_with_microbatches():
+    program, step = compiled("data2_fsdp4_tensor2", grad_accum=2)
+    found = hlo.collectives(step.as_text())
+    assert max(c.times for c in of_kind(found, "all-gather") if c.bytes > 2 * 8 * D) >= 2 * L
+    in_loops = [c for c in of_kind(found, "all-reduce") if c.loops and c.dtype == "f32" and np.prod(c.shape) > 256 * 32]
+    assert in_loops == []

@@ -1,0 +1,258 @@
+"""Whole runs: exact resume, stops, branches, what is refused, and training from Python."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import MODEL
+
+import maxlm
+from maxlm.checkpoint import Checkpoints
+from maxlm.config import CheckpointConfig
+from maxlm.data.build import build_store
+from maxlm.mesh import make_mesh
+from maxlm.step import build_program
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A small byte store: one document per paragraph of this file, many times over."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(24):
+        (folder / f"{i}.txt").write_text(f"document {i}\n" + Path(__file__).read_text()[i * 50 : 3000 + i * 90])
+    path = str(folder / "store")
+    build_store([str(folder / "*.txt")], path, heldout=0.2, workers=1)
+    return path
+
+
+def config(tmp_path, store, **sections):
+    tree = {
+        "run": {"name": "r", "root": str(tmp_path)},
+        "model": {**MODEL, "vocab_size": 257},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2, "fake_devices": 8},
+        "data": {"stores": [{"path": store}], "prefetch": 2, "read_threads": 2},
+        "train": {"steps": 6, "batch_size": 8, "seq_len": 32, "compilation_cache": None},
+        "optim": {"learning_rate": 1e-2, "schedule": {"name": "constant"}, "ema": 0.9},
+        "eval": {"every": 3, "batches": 2, "sample_tokens": 0},
+        "checkpoint": {"every": 2},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree[name], **fields}
+    return maxlm.parse_config(tree)
+
+
+def final_state(cfg, step):
+    """Host copy of a checkpoint."""
+    program = build_program(cfg, make_mesh(cfg.mesh, jax.devices()))
+    checkpoints = Checkpoints(f"{cfg.run.root}/{cfg.run.name}", CheckpointConfig())
+    state = jax.device_get(checkpoints.restore(step, program.state_shapes))
+    checkpoints.close()
+    return state
+
+
+def assert_bit_equal(a, b):
+    same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    assert all(jax.tree.leaves(same))
+
+
+def rows(cfg, key="loss"):
+    lines = Path(cfg.run.root, cfg.run.name, "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
+
+
+def test_stop_and_resume_is_bit_exact_on_the_same_and_loss_equal_on_another_mesh(tmp_path, store):
+    straight = config(tmp_path / "a", store)
+    assert maxlm.train(straight).status == "complete"
+    broken = config(tmp_path / "b", store)
+    first = maxlm.train(broken, callbacks=[lambda step, _: step == 2])
+    assert first.status == "stopped"
+    assert 2 <= first.step < 6
+    assert maxlm.train(broken).status == "complete"
+    assert rows(straight) == rows(broken)
+    assert rows(straight, "heldout_loss") == rows(broken, "heldout_loss")
+    assert_bit_equal(final_state(straight, 6), final_state(broken, 6))
+
+    moved = config(tmp_path / "c", store)
+    stopped = maxlm.train(moved, callbacks=[lambda step, _: step == 2]).step
+    moved = config(tmp_path / "c", store, mesh={"data": 1, "fsdp": 4, "tensor": 1, "fake_devices": 4})
+    maxlm.train(moved)
+    np.testing.assert_allclose(list(rows(moved).values())[stopped:], list(rows(straight).values())[stopped:], rtol=1e-5)
+
+
+def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys):
+    cfg = config(tmp_path, store, train={"steps": 2})
+    path = tmp_path / "c.yaml"
+    path.write_text(maxlm.config_file.to_yaml(cfg))
+    from maxlm.cli import main
+
+    assert main(["train", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["train", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "is complete: 2 steps" in said
+    assert "train.steps=4" in said
+    assert main(["train", str(path), "train.steps=4"]) == 0
+    assert sorted(rows(cfg)) == [1, 2, 3, 4]
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["status"] == "complete"
+    assert summary["baselines"]["trigram"] < summary["baselines"]["unigram"]
+    for name in ("report.html", "loss.png", "config.yaml", "train.log"):
+        assert (tmp_path / "r" / name).stat().st_size > 0
+
+
+def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
+    base = config(tmp_path, store, checkpoint={"every": 2, "keep_last": 9})
+    maxlm.train(base)
+    branch = config(
+        tmp_path,
+        store,
+        run={"name": "cooldown"},
+        train={"start_from": f"{tmp_path}/r@4"},
+        optim={"schedule": {"name": "wsd", "cooldown_steps": 2, "final_fraction": 0.0}},
+    )
+    maxlm.train(branch)
+    assert sorted(rows(branch)) == [5, 6]
+    assert rows(branch)[5] == rows(base)[5], "same weights, same batch"
+    assert rows(branch, "learning_rate")[6] < rows(base, "learning_rate")[6]
+    with pytest.raises(maxlm.ConfigError, match=r"steps \[2, 4, 6\]"):
+        maxlm.train(config(tmp_path, store, run={"name": "x"}, train={"start_from": f"{tmp_path}/r@3"}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "word"),
+    [
+        ({"model": {"d_ff": 32}}, "model.d_ff was 28 and is 32"),
+        ({"train": {"seed": 1}}, "train.seed was 0 and is 1"),
+        ({"train": {"batch_size": 16}}, "train.batch_size was 8 and is 16"),
+        ({"data": {"shuffle": False}}, "data.shuffle"),
+        ({"optim": {"name": "lion"}}, "optim.name"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(one_run, sections, word):
+    folder, store = one_run
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "train.log")}
+    with pytest.raises(maxlm.ConfigError, match=word):
+        maxlm.train(config(folder.parent, store, **sections))
+    assert all(p.read_bytes() == data for p, data in before.items())
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory, store):
+    root = tmp_path_factory.mktemp("one")
+    maxlm.train(config(root, store, train={"steps": 2}))
+    return root / "r", store
+
+
+def test_what_may_change_does_not_stop_a_resume(one_run):
+    folder, store = one_run
+    changed = config(
+        folder.parent,
+        store,
+        train={"steps": 3, "grad_accum": 2, "remat": "none"},
+        mesh={"data": 1, "fsdp": 4, "tensor": 1, "fake_devices": 4},
+        optim={"learning_rate": 1e-3, "ema": 0.9},
+        checkpoint={"every": 1},
+    )
+    result = maxlm.train(changed)
+    assert (result.status, result.step) == ("complete", 3)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, store):
+    cfg = config(tmp_path, store, optim={"learning_rate": 1e30, "clip_norm": None}, checkpoint={"every": 1})
+    with pytest.raises(FloatingPointError, match=r"step \d.*learning_rate"):
+        maxlm.train(cfg)
+    assert Checkpoints(f"{tmp_path}/r", CheckpointConfig()).latest() is not None
+
+
+def test_a_model_with_too_few_ids_for_the_store_is_refused(tmp_path, store):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=257"):
+        maxlm.train(config(tmp_path, store, model={"vocab_size": 200}))
+
+
+def test_the_readme_example_runs(tmp_path, monkeypatch, store):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code, "README.md has no Python example"
+    assert len(code[1].strip().splitlines()) <= 25
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "configs", tmp_path / "configs")
+    exec(compile(code[1], "README.md", "exec"), {"__name__": "__main__"})
+
+
+def start(tmp_path, store, *overrides):
+    """`maxlm train` as a user starts it."""
+    path = tmp_path / "c.yaml"
+    path.write_text(maxlm.config_file.to_yaml(config(tmp_path, store, train={"steps": 5000}, checkpoint={"every": 4000})))
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "maxlm", "train", str(path), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(tmp_path, step):
+    path = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, store, number):
+    process = start(tmp_path, store)
+    wait_for(tmp_path, 3)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Run the same command again" in said
+    step = json.loads((tmp_path / "r" / "summary.json").read_text())["step"]
+    assert Checkpoints(str(tmp_path / "r"), CheckpointConfig()).latest() == step
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_lost(tmp_path, store):
+    process = start(tmp_path, store, "train.batch_size=512")  # long steps: the second one comes before the save
+    wait_for(tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "lost" in said
+
+
+@pytest.mark.slow
+def test_two_processes_cannot_train_one_folder(tmp_path, store):
+    process = start(tmp_path, store)
+    wait_for(tmp_path, 1)
+    with pytest.raises(maxlm.ConfigError, match=f"process {process.pid}"):
+        maxlm.train(config(tmp_path, store))
+    process.kill()
+    process.communicate()
+    assert maxlm.train(config(tmp_path, store, train={"steps": 2})).status == "complete", "a killed run's lock is gone"
+
+
+@pytest.mark.slow
+def test_the_compilation_cache_is_used_by_a_second_start(tmp_path, store):
+    cache = tmp_path / "cache"
+    cfg = config(tmp_path, store, train={"steps": 1})
+    path = tmp_path / "c.yaml"
+    path.write_text(maxlm.config_file.to_yaml(cfg))
+    for name in ("one", "two"):
+        before = sorted(p.name for p in cache.glob("*-cache")) if cache.exists() else []
+        command = [sys.executable, "-m", "maxlm", "train", str(path), f"run.name={name}", f"train.compilation_cache={cache}"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        after = sorted(p.name for p in cache.glob("*-cache"))
+        assert after
+        assert name == "one" or before == after
