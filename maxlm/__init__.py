@@ -1,9 +1,9 @@
 """maxlm trains large language models in JAX, on any mesh of TPUs, GPUs or (for tests) fake CPU devices.
 
-    import maxlm
+import maxlm
 
-    config = maxlm.load_config("configs/quickstart.yaml", ["train.steps=100"])
-    result = maxlm.train(config)
+config = maxlm.load_config("configs/quickstart.yaml", ["train.steps=100"])
+result = maxlm.train(config)
 """
 
 import importlib

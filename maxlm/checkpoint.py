@@ -44,9 +44,7 @@ class Checkpoints:
         )
         try:
             path = self.path if storage.is_bucket(self.path) else os.path.abspath(self.path)
-            self._manager = ocp.CheckpointManager(
-                path, options=options, item_handlers=ocp.StandardCheckpointHandler()
-            )
+            self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
         except OSError as error:
             raise StorageError(f"cannot use {self.path}: {error.strerror or error}") from None
 
@@ -95,9 +93,9 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(self._failed(f"reading step {step}", error)) from error
 
-    def step_path(self, step: int | None) -> str:
-        """Folder of a step."""
-        return storage.join(self.path, str(step))
+    def step_path(self, step: int | None) -> str | None:
+        """Folder of a step; None of none."""
+        return None if step is None else storage.join(self.path, str(step))
 
     def wait(self) -> None:
         """Waits for saves in the background.
@@ -139,5 +137,6 @@ def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
         if path not in wanted:
             return f"its {path} has no place here"
         if saved[path] != wanted[path]:
-            return f"{path} is {saved[path][1]}{list(saved[path][0])} there and {wanted[path][1]}{list(wanted[path][0])} here"
+            (shape, dtype), (own_shape, own_dtype) = saved[path], wanted[path]
+            return f"{path} is {dtype}{list(shape)} there and {own_dtype}{list(own_shape)} here"
     return ""

@@ -116,7 +116,7 @@ class ModelConfig(Section):
             )
         if self.num_layers % len(self.layer_pattern):
             raise ValueError(
-                f"num_layers={self.num_layers} is not a multiple of the {len(self.layer_pattern)} kinds in layer_pattern"
+                f"num_layers={self.num_layers} is not a multiple of layer_pattern's {len(self.layer_pattern)} kinds"
             )
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise ValueError("layer_pattern has local layers, so sliding_window must be set")
@@ -198,7 +198,7 @@ class TrainConfig(Section):
     z_loss: NonNegative = Field(0.0, description="Weight of log(Z)**2, which keeps logits from drifting (PaLM, 5).")
     start_from: str | None = Field(
         None,
-        description="Start a new run from another run's checkpoint: RUN or RUN@STEP (for example to branch a cooldown).",
+        description="Start a new run from another run's checkpoint: RUN or RUN@STEP (to branch a cooldown, say).",
     )
     compilation_cache: str | None = Field(
         "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
@@ -220,7 +220,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if (self.steps is None) == (self.tokens is None):
-            what = "neither is set" if self.steps is None else f"steps={self.steps} and tokens={self.tokens} are both set"
+            what = (
+                "neither is set" if self.steps is None else f"steps={self.steps} and tokens={self.tokens} are both set"
+            )
             raise ValueError(f"the length is given by steps or tokens, but {what}; set one and leave the other null")
         if self.batch_size % self.grad_accum:
             raise ValueError(
@@ -258,9 +260,13 @@ class OptimConfig(Section):
         r".*(norm|bias).*|embed|positions", description="Parameters whose path matches this expression are not decayed."
     )
     adam_lr: float | None = Field(
-        None, gt=0, description="muon: peak learning rate of its Adam part (embeddings, norms); null means learning_rate."
+        None,
+        gt=0,
+        description="muon: peak learning rate of its Adam part (embeddings, norms); null means learning_rate.",
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm is clipped to this; null turns it off.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Global gradient norm is clipped to this; null turns it off."
+    )
     lr_rules: dict[str, float] = Field(
         {}, description="Learning-rate multipliers by parameter path: {expression: factor}; the first match counts."
     )

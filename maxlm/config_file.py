@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[t
             continue
         default = "(required)" if field.is_required() else json.dumps(_plain(field.default))
         rows.append((path, _type_name(kind), default, field.description or ""))
-        item = next((a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        item = next(
+            (a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), None
+        )
         if item is not None:
             rows += describe_fields(item, f"{path}.0.")
     return rows
@@ -85,7 +88,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.YAMLError(f"key '{key_node.value}' stands twice, again in line {key_node.start_mark.line + 1}")
+                raise yaml.YAMLError(
+                    f"key '{key_node.value}' stands twice, again in line {key_node.start_mark.line + 1}"
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -187,7 +192,7 @@ def _kind(value: Any) -> str:
 def _type_name(kind: Any) -> str:
     if getattr(kind, "__name__", None) in ("int", "float", "str", "bool"):
         return kind.__name__
-    args = getattr(kind, "__args__", ())
+    args = typing.get_args(kind)
     name = str(getattr(kind, "__origin__", kind))
     if "Annotated" in str(type(kind)):
         return _type_name(args[0])

@@ -1,6 +1,7 @@
 """What a run says at its start and at its end: facts, sample, baselines, report."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from maxlm.data.loader import Loader
 from maxlm.feed import DataSource
 from maxlm.hardware import detect
 from maxlm.loop import Loop
-from maxlm.progress import Progress, summary_table
+from maxlm.progress import summary_table
 from maxlm.run_folder import RunFolder
 from maxlm.sample import sample
 from maxlm.step import Program, State
@@ -51,9 +52,9 @@ def bytes_per_device(shapes: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def show(progress: Progress, run_facts: dict[str, Any], program: Program, folder: RunFolder, first: int) -> None:
+def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataSource, first: int) -> None:
     """Prints the summary with which a run starts."""
-    config, train = program.config, program.config.train
+    config, train = loop.config, loop.config.train
     tokens = (train.num_steps - first) * train.tokens_per_step
     mesh = " x ".join(f"{name} {size}" for name, size in run_facts["mesh"].items())
     chunks = f" in {train.grad_accum} microbatches" if train.grad_accum > 1 else ""
@@ -66,26 +67,64 @@ def show(progress: Progress, run_facts: dict[str, Any], program: Program, folder
         f"{units.count(run_facts['flops_per_token'])} per token",
         "mesh": f"{mesh} on {run_facts['num_devices']} {run_facts['device_kind']} devices",
         "state": f"{units.size(run_facts['bytes_per_device'])} per device (float32 weights, {config.optim.name} state)",
+        "held-out": _missing_heldout(source, train.seq_len),
         "precision": f"{config.model.dtype} compute, float32 weights, optimizer and loss",
     }
-    progress.note(summary_table(rows))
-    progress.note("compiling the step; the first one takes a while")
+    loop.progress.note(summary_table(rows))
+    loop.progress.note("compiling the step; the first one takes a while")
+
+
+def _missing_heldout(source: DataSource, seq_len: int) -> str | None:
+    if not isinstance(source, Loader) or any(store.num_tokens("heldout") > seq_len for store in source.stores):
+        return None
+    return "none: no row of held-out text (maxlm data build --heldout 0.01)"
 
 
 @dataclass
 class Ending:
-    """Closes a run: summary.json, and when it is complete the final figures, sample and report."""
+    """Closes a run: summary.json, and when it is complete the final figures, sample and report.
+
+    Attributes:
+        loop: the run's loop.
+        folder: its folder.
+        source: its data.
+        facts: from `facts`.
+        started: time.perf_counter() when this start began.
+    """
 
     loop: Loop
     folder: RunFolder
     source: DataSource
     facts: dict[str, Any]
-    wall_s: float
+    started: float
+
+    def __post_init__(self) -> None:
+        self._wall_before_s = self.folder.read_summary().get("wall_s", 0.0)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent on the run, earlier starts included."""
+        return self._wall_before_s + time.perf_counter() - self.started
+
+    def write(self, step: int, status: str, **more: Any) -> None:
+        """Replaces summary.json: facts, status ("running", "stopped", "diverged", "complete") and more."""
+        self.folder.write_summary(
+            {
+                **self.folder.read_summary(),
+                **self.facts,
+                "status": status,
+                "step": step,
+                "first_step_s": self.loop.first_step_s,
+                "wall_s": self.wall_s,
+                "checkpoint": self.loop.checkpoints.step_path(self.loop.checkpoints.latest()),
+                **more,
+            }
+        )
 
     def stopped(self, step: int, stopped_by: str) -> None:
         """After a signal or a callback: the state is saved, say how to go on."""
         self.loop.checkpoints.wait()
-        self._write(step, "stopped")
+        self.write(step, "stopped")
         self.loop.progress.note(
             f"stopped by {stopped_by} after step {step}, which is saved in {self.loop.checkpoints.path}.\n"
             "Run the same command again to continue."
@@ -100,7 +139,7 @@ class Ending:
             more["baselines"] = ngram_bits_per_byte(self.source.stores[0])
         more |= self._sample(state)
         self.loop.checkpoints.wait()
-        self._write(step, "complete", **more)
+        self.write(step, "complete", **more)
         note(summary_table(self._closing_rows(final, more)))
         if self.folder.primary:
             paths = report.write_report([self.folder.path])
@@ -131,19 +170,5 @@ class Ending:
                 f"trigram {base['trigram']:.3f}, unigram {base['unigram']:.3f}"
             )
         rows["time"] = f"{units.duration(self.wall_s)}, first step after {self.loop.first_step_s:.1f} s"
-        rows["checkpoint"] = self.loop.checkpoints.step_path(self.loop.checkpoints.latest())
+        rows["checkpoint"] = str(self.loop.checkpoints.step_path(self.loop.checkpoints.latest()))
         return rows
-
-    def _write(self, step: int, status: str, **more: Any) -> None:
-        self.folder.write_summary(
-            {
-                **self.folder.read_summary(),
-                **self.facts,
-                "status": status,
-                "step": step,
-                "first_step_s": self.loop.first_step_s,
-                "wall_s": self.wall_s,
-                "checkpoint": self.loop.checkpoints.step_path(step),
-                **more,
-            }
-        )

@@ -1,6 +1,6 @@
 """From host rows to global device arrays: each host loads the rows of its own devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -84,7 +84,7 @@ class Feed:
         stores = self._source.stores
         return sum(s.num_tokens("heldout") for s in stores) / max(1, sum(s.num_bytes("heldout") for s in stores))
 
-    def train_batches(self, first_step: int) -> Iterator[Batch]:
+    def train_batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Global batches [M, B, T] of every step from first_step on; closing it ends the reading."""
         host = self._source.batches(first_step, *self._rows)
         try:
@@ -108,7 +108,7 @@ class Feed:
             spec = self._program.batch_shapes[key]
             blocks = value.reshape(-1, self._num_micro, *value.shape[1:]).swapaxes(0, 1)
 
-            def part(index: tuple[slice, ...]) -> Any:
+            def part(index: Any) -> np.ndarray:
                 start, stop = index[1].start or 0, index[1].stop or spec.shape[1]
                 return blocks[:, start - self._first : stop - self._first].astype(spec.dtype, copy=False)
 

@@ -103,7 +103,7 @@ def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Co
 
 
 def _trips(computations: dict[str, list[str]], rest: str) -> int:
-    if known := re.search(r'known_trip_count\D*(\d+)', rest):
+    if known := re.search(r"known_trip_count\D*(\d+)", rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", rest)
     assert condition

@@ -23,8 +23,9 @@ class Loop:
     """Trains one start of a run.
 
     Attributes:
-        last: metrics of the newest step that was read: loss (nats per token), grad_norm, learning_rate, targets,
-            step_time_s, tokens_per_s, and mfu where the hardware's peak is known.
+        step: newest step whose metrics were read.
+        last: its metrics: loss (nats per token), grad_norm, learning_rate,
+            step_time_s, tokens_per_s; mfu where the hardware's peak is known; objective where it is not the loss.
         first_step_s: seconds from the start of the process to the end of the first step.
     """
 
@@ -41,6 +42,7 @@ class Loop:
     ):
         self.program, self.config, self.feed = program, program.config, feed
         self.checkpoints, self.metrics, self.progress, self.callbacks = checkpoints, metrics, progress, callbacks
+        self.step = 0
         self.last: dict[str, float] = {}
         self.first_step_s: float | None = None
         self._flops_per_step = facts["flops_per_token"] * self.config.train.tokens_per_step
@@ -104,6 +106,9 @@ class Loop:
     def _report(self, step: int, device_metrics: dict[str, jax.Array]) -> bool:
         """Reads one step's metrics, logs them and asks the callbacks; True asks to stop."""
         values = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
+        del values["targets"]
+        if values["objective"] == values["loss"]:  # no z-loss, no loss of the user's own
+            del values["objective"]
         now = time.perf_counter()
         values["step_time_s"], self._clock = now - self._clock, now
         values["tokens_per_s"] = self.config.train.tokens_per_step / values["step_time_s"]
@@ -115,13 +120,14 @@ class Loop:
         if self.metrics and (_due(step, self.config.log.every) or step == self.config.train.num_steps):
             self.metrics.train(step, values)
         self.progress.update(step, **values)
-        self.last = values
+        self.step, self.last = step, values
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss of step {step} is {values['loss']}; the newest checkpoint is of step {self._saved}. "
                 "Lower optim.learning_rate or lengthen optim.schedule.warmup_steps"
             )
-        return any([callback(step, values) for callback in self.callbacks])
+        answers = [callback(step, values) for callback in self.callbacks]  # all are called, whatever one says
+        return any(answers)
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:

@@ -121,8 +121,8 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     rows, shards = train.batch_size // train.grad_accum, sizes["data"] * sizes["fsdp"]
     if rows % shards:
         raise ConfigError(
-            f"train.batch_size={train.batch_size} in {train.grad_accum} microbatches gives {rows} sequences, which do not "
-            f"divide over data x fsdp = {shards} devices; use train.batch_size="
+            f"train.batch_size={train.batch_size} in {train.grad_accum} microbatches gives {rows} sequences, which do "
+            f"not divide over data x fsdp = {shards} devices; use train.batch_size="
             f"{max(1, round(rows / shards)) * shards * train.grad_accum}"
         )
 

@@ -1,16 +1,16 @@
 """The folder of a run: what is in it, who may write to it, and whether a config continues it.
 
-    config.yaml      resolved configuration of the last start
-    identity.json    what must not change within a run: model, data, seed, batch, optimizer
-    checkpoints/     STEP/ folders, written by Orbax
-    metrics.jsonl    one line per logged step and per evaluation
-    summary.json     where the run stands: status, final figures, baselines, sample, times
-    train.log        what was printed
-    report.html      drawn at the end, and by `maxlm report`
-    loss.png
-    tensorboard/     when log.tensorboard is on
-    profile/         when train.profile_steps is set
-    .lock            held by the process that trains; local folders only
+config.yaml      resolved configuration of the last start
+identity.json    what must not change within a run: model, data, seed, batch, optimizer
+checkpoints/     STEP/ folders, written by Orbax
+metrics.jsonl    one line per logged step and per evaluation
+summary.json     where the run stands: status, final figures, baselines, sample, times
+train.log        what was printed
+report.html      drawn at the end, and by `maxlm report`
+loss.png
+tensorboard/     when log.tensorboard is on
+profile/         when train.profile_steps is set
+.lock            held by the process that trains; local folders only
 """
 
 import fcntl
@@ -35,7 +35,12 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         data: identity of its data (loader.identity).
     """
     train = {k: getattr(config.train, k) for k in ("seed", "batch_size", "seq_len", "z_loss", "start_from")}
-    return {"model": config.model.model_dump(mode="json"), "data": data, "train": train, "optim.name": config.optim.name}
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "data": data,
+        "train": train,
+        "optim.name": config.optim.name,
+    }
 
 
 class RunFolder:
@@ -62,7 +67,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         if self.primary and not storage.is_bucket(self.path):
             self._take_lock()
-            self.log_file = open(self.file("train.log"), "a")  # noqa: SIM115 (closed by __exit__)
+            self.log_file = open(self.file("train.log"), "a")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,7 +127,9 @@ class RunFolder:
             owner = os.read(self._lock, 32).decode() or "?"
             os.close(self._lock)
             self._lock = None
-            raise ConfigError(f"{self.path} is being trained by process {owner}; wait for it, or use another run.name") from None
+            raise ConfigError(
+                f"{self.path} is being trained by process {owner}; wait for it, or use another run.name"
+            ) from None
         os.ftruncate(self._lock, 0)
         os.write(self._lock, str(os.getpid()).encode())
 

@@ -19,9 +19,17 @@ from jax.sharding import PartitionSpec as P
 
 Axes = str | tuple[str, ...] | None
 
-PARAM: dict[str, Axes] = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "H": None, "L": None}
-"""Where parameters rest. P (positions table rows) and L are whole on every device that has the rest."""
-PARAM["P"] = None
+PARAM: dict[str, Axes] = {
+    "V": "tensor",
+    "D": "fsdp",
+    "N": "tensor",
+    "K": "tensor",
+    "H": None,
+    "F": "tensor",
+    "L": None,
+    "T": None,
+}
+"""Where parameters rest. T is the rows of a learned position table."""
 
 COMPUTE: dict[str, Axes] = {
     "M": None,
@@ -35,8 +43,6 @@ COMPUTE: dict[str, Axes] = {
     "H": None,
     "F": "tensor",
     "V": "tensor",
-    "L": None,
-    "P": None,
 }
 """Where activations, and weights in use, live."""
 
@@ -55,7 +61,7 @@ def spec(dims: str, table: dict[str, Axes], **kinds: Any) -> P:
         table: PARAM or COMPUTE.
         **kinds: `reduced=` or `unreduced=` sets of mesh axes.
     """
-    entries = []
+    entries: list[Axes] = []
     for letter in dims:
         names = [n for axis in _logical(table[letter]) for n in mesh_axes(axis)]
         entries.append(tuple(names) if len(names) > 1 else names[0] if names else None)
@@ -78,7 +84,7 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 
 def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
-    """jnp.einsum whose letters are also the output's sharding, so that a contracted sharded dim names its all-reduce."""
+    """jnp.einsum whose letters are also the output's sharding, so a contracted sharded dim names its all-reduce."""
     return jnp.einsum(subscripts, *operands, out_sharding=compute_spec(subscripts.split("->")[1]), **options)
 
 

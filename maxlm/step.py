@@ -106,7 +106,7 @@ class Program:
         return jax.jit(self._init, out_shardings=self.state_shardings, compiler_options=options)
 
     @cached_property
-    def step(self) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    def step(self) -> Any:
         """(state, batch) -> (state, metrics); the state is donated."""
         scalar = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, scalar))

@@ -1,6 +1,6 @@
 """Training, from a config to a report. The one file that sees every part; it reads top to bottom.
 
-    config -> mesh -> data -> run folder -> step and state -> loop -> evaluation, sample, report
+config -> mesh -> data -> run folder -> step and state -> loop -> evaluation, sample, report
 """
 
 import contextlib
@@ -104,13 +104,18 @@ def train(
         facts = ending.facts(program, sizes)
         progress = stack.enter_context(_progress(config, folder, facts, first))
         metrics = stack.enter_context(_metrics(config, folder, first)) if folder.primary else None
-        ending.show(progress, facts, program, folder, first)
         feed = Feed(program, source)
         loop = Loop(program, feed, checkpoints, metrics, progress, callbacks, facts, folder.file("profile"))
-        state, step, stopped_by = loop.run(state, first)
+        finish = ending.Ending(loop, folder, source, facts, started)
+        ending.show(loop, facts, folder, source, first)
+        finish.write(first, "running")
+        try:
+            state, step, stopped_by = loop.run(state, first)
+        except FloatingPointError:
+            finish.write(loop.step, "diverged")
+            raise
 
         # ---- evaluation, sample, report
-        finish = ending.Ending(loop, folder, source, facts, time.perf_counter() - started)
         if stopped_by:
             finish.stopped(step, stopped_by)
             return Result(folder.path, step, "stopped")

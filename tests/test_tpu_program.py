@@ -79,12 +79,14 @@ def test_the_state_is_updated_in_place(name):
     program, step = compiled(name)
     assert hlo.num_aliased(step.as_text()) >= len(jax.tree.leaves(program.state_shapes))
     memory = step.memory_analysis()
-    state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes))
+    state = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes)
+    )
     assert memory.alias_size_in_bytes >= state
 
 
 def test_the_all_reduce_over_data_happens_once_per_step_with_microbatches():
-    program, step = compiled("data2_fsdp4_tensor2", grad_accum=2)
+    _, step = compiled("data2_fsdp4_tensor2", grad_accum=2)
     found = hlo.collectives(step.as_text())
     assert max(c.times for c in of_kind(found, "all-gather") if c.bytes > 2 * 8 * D) >= 2 * L
     in_loops = [c for c in of_kind(found, "all-reduce") if c.loops and c.dtype == "f32" and np.prod(c.shape) > 256 * 32]

@@ -191,7 +191,9 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, store):
 def start(tmp_path, store, *overrides):
     """`maxlm train` as a user starts it."""
     path = tmp_path / "c.yaml"
-    path.write_text(maxlm.config_file.to_yaml(config(tmp_path, store, train={"steps": 5000}, checkpoint={"every": 4000})))
+    path.write_text(
+        maxlm.config_file.to_yaml(config(tmp_path, store, train={"steps": 5000}, checkpoint={"every": 4000}))
+    )
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [sys.executable, "-m", "maxlm", "train", str(path), *overrides]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -251,7 +253,15 @@ def test_the_compilation_cache_is_used_by_a_second_start(tmp_path, store):
     path.write_text(maxlm.config_file.to_yaml(cfg))
     for name in ("one", "two"):
         before = sorted(p.name for p in cache.glob("*-cache")) if cache.exists() else []
-        command = [sys.executable, "-m", "maxlm", "train", str(path), f"run.name={name}", f"train.compilation_cache={cache}"]
+        command = [
+            sys.executable,
+            "-m",
+            "maxlm",
+            "train",
+            str(path),
+            f"run.name={name}",
+            f"train.compilation_cache={cache}",
+        ]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         after = sorted(p.name for p in cache.glob("*-cache"))
         assert after

@@ -11,6 +11,7 @@ References:
     up to a percent, hence our own.
 """
 
+import bisect
 import hashlib
 import itertools
 import math
@@ -100,24 +101,26 @@ class Loader:
     def heldout(self, batch_size: int, num_batches: int, start: int, stop: int) -> Iterator[Batch]:
         """Rows [start, stop) of up to num_batches batches of held-out text, each row once, always the same.
 
-        The stores follow one another in the order of the config. The last batch is filled up with rows of zeros:
-        tokens, segments and mask.
+        The stores follow one another in the order of the config, and the rows taken are spread evenly over them. The
+        last batch is filled up with rows of zeros: tokens, segments and mask.
 
         Args:
             batch_size: rows of a global batch.
-            num_batches: batches at most; fewer if the held-out text ends.
+            num_batches: batches at most; fewer, or none, if there is less held-out text.
             start: first row of each batch to return.
             stop: row after the last.
-
-        Raises:
-            DataError: no store has a whole row of held-out text.
         """
-        counts = self._heldout_rows()
-        places = ((index, row) for index, count in enumerate(counts) for row in range(count))
-        for _ in range(min(num_batches, math.ceil(sum(counts) / batch_size))):
-            chosen = list(itertools.islice(places, batch_size))[start:stop]
-            batch = self._read("heldout", chosen)
-            missing = stop - start - len(chosen)
+        counts = [_num_rows(store, "heldout", self._train.seq_len) for store in self.stores]
+        total, ends = sum(counts), list(itertools.accumulate(counts))
+        wanted = min(total, num_batches * batch_size)
+        for first in range(0, wanted, batch_size):
+            places = []
+            for i in range(first + start, min(first + stop, wanted)):
+                row = i * total // wanted
+                index = bisect.bisect_right(ends, row)
+                places.append((index, row - ends[index] + counts[index]))
+            batch = self._read("heldout", places)
+            missing = stop - start - len(places)
             yield {key: np.pad(value, ((0, missing), (0, 0))) for key, value in batch.items()} if missing else batch
 
     def close(self) -> None:
@@ -145,16 +148,6 @@ class Loader:
         """Store and row of the run's index-th row, counted from 0."""
         store, count = _interleave(index, self._shares)
         return store, int(self._order[store][count])  # pyrefly: ignore
-
-    def _heldout_rows(self) -> list[int]:
-        counts = [_num_rows(store, "heldout", self._train.seq_len) for store in self.stores]
-        if not sum(counts):
-            tokens = max(store.num_tokens("heldout") for store in self.stores)
-            raise DataError(
-                f"the held-out text of {self.stores[0].path} has {tokens} tokens, too few for one row of "
-                f"train.seq_len={self._train.seq_len}; build with a larger --heldout or lower train.seq_len"
-            )
-        return counts
 
     def _read(self, split: Split, places: list[tuple[int, int]]) -> Batch:
         length = self._train.seq_len

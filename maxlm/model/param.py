@@ -1,4 +1,4 @@
-"""One declaration per parameter: its dimension letters are shape, einsum subscripts, sharding and checkpoint metadata."""
+"""One declaration per parameter: its dimension letters are its shape, its einsum subscripts and its sharding."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "H": config.head_size,
         "F": config.d_ff,
         "V": config.padded_vocab,
-        "P": config.max_positions or 0,
+        "T": config.max_positions or 0,  # rows of the learned position table
     }
 
 

@@ -93,5 +93,3 @@ def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
-
-

@@ -28,12 +28,19 @@ class Transformer(nnx.Module):
         embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
         self.embed = normal(embed_key, "VD", config, config.init_std)
         learned = config.position == "learned"
-        self.positions = normal(position_key, "PD", config, config.init_std) if learned else None
+        self.positions = normal(position_key, "TD", config, config.init_std) if learned else None
         self.layers = make_layers(layer_key, config)
         self.final_norm = Norm(config)
         self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, stack: Stack, at: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        stack: Stack,
+        at: jax.Array | None = None,
+    ) -> jax.Array:
         """Predicts the next token at every position, or at one.
 
         Args:
@@ -52,7 +59,7 @@ class Transformer(nnx.Module):
         if self.config.embedding_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, dtype)
         if self.positions is not None:
-            x_BTD = x_BTD + _lookup(gather(self.positions[...], "PD", dtype), positions_BT)
+            x_BTD = x_BTD + _lookup(gather(self.positions[...], "TD", dtype), positions_BT)
         x_BTD = stack(self.layers, x_BTD, positions_BT, segments_BT)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)

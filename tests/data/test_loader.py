@@ -174,7 +174,8 @@ def test_heldout_rows_once_in_order_and_padded(mixture):
     last = batches[-1]
     assert padding and not last["mask"][-padding:].any() and not last["segments"][-padding:].any()
     assert last["segments"][: 8 - padding].all()
-    assert all(map(equal, list(feed.heldout(8, 2, 0, 8)), batches[:2])) and len(list(feed.heldout(8, 2, 0, 8))) == 2
+    some = [row for batch in feed.heldout(8, 2, 0, 8) for row in as_rows(batch)]
+    assert some == [expected[i * len(expected) // 16] for i in range(16)], "a part is spread evenly"
 
 
 def test_heldout_split_over_hosts(mixture):
@@ -236,8 +237,7 @@ def test_too_little_text_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match=r"11 training tokens, too few for one row of train.seq_len=32"):
         loader(data(str(tmp_path / "s")))
     feed = loader(data(str(tmp_path / "s")), seq_len=4)
-    with pytest.raises(DataError, match=r"held-out text of .* has 0 tokens, too few .* --heldout"):
-        list(feed.heldout(8, 1, 0, 8))
+    assert list(feed.heldout(8, 1, 0, 8)) == []
 
 
 def test_rows_outside_the_batch_are_refused(store):
