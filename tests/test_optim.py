@@ -344,7 +344,9 @@ def test_update_gathers_nothing(name):
     with jax.set_mesh(mesh):
         params = place_on(mesh)(random_tree(0, FEW_DIMS, L=3), FEW_DIMS)
         state = jax.jit(tx.init)(params)
-        text = jax.jit(partial(update, tx), compiler_options=FAST).lower(params, state, params).compile().as_text() or ""
+        text = (
+            jax.jit(partial(update, tx), compiler_options=FAST).lower(params, state, params).compile().as_text() or ""
+        )
     ops = re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
     assert not ops
 
