@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -86,16 +88,17 @@ def _train(args: argparse.Namespace) -> int:
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 
     result = train(config)
+    me = "maxlm" if shutil.which("maxlm") else os.path.relpath(sys.argv[0])
     if result.status == "already complete":
         figures = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.final.items())
         print(
             f"{result.run_dir} is complete: {result.step} steps" + (f" ({figures})" if figures else "") + ".\n"
-            f"  go on:       maxlm train {args.config} train.steps={2 * result.step}\n"
-            f"  look at it:  maxlm report {result.run_dir}\n"
-            f"  start anew:  maxlm train {args.config} run.name=NAME"
+            f"  go on:       {me} train {args.config} train.steps={2 * result.step}\n"
+            f"  look at it:  {me} report {result.run_dir}\n"
+            f"  start anew:  {me} train {args.config} run.name=NAME"
         )
     elif result.status == "complete":
-        print(f"continue with more steps: maxlm train {args.config} train.steps={2 * result.step}")
+        print(f"continue with more steps: {me} train {args.config} train.steps={2 * result.step}")
     return 0
 
 

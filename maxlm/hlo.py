@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
@@ -41,11 +42,17 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All collectives that the program executes, in order of the text.
 
+    A collective that the TPU compiler runs beside other work stands in several fusions, all with its channel: it is
+    counted once.
+
     Raises:
         ValueError: the text is no compiled HLO module.
     """
     computations, entry = _computations(text)
-    return list(_walk(computations, entry, ()))
+    found: dict[Any, Collective] = {}
+    for key, collective in _walk(computations, entry, (), ()):
+        found.setdefault(key, collective)
+    return list(found.values())
 
 
 def num_aliased(text: str) -> int:
@@ -70,27 +77,31 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, loops: tuple[int, ...]) -> Iterator[Collective]:
+def _walk(
+    computations: dict[str, list[str]], name: str, loops: tuple[int, ...], path: tuple[str, ...]
+) -> Iterator[tuple[Any, Collective]]:
+    """Collectives below a computation, each with a key by which its copies are known; path names the loops' bodies."""
     for line in computations.get(name, ()):
         match = _OPERATION.match(line)
         if match is None:
             continue
-        _, result, operation, rest = match.groups()
+        own, result, operation, rest = match.groups()
         kind = operation.removesuffix("-start")
         if kind in KINDS:
+            channel = re.search(r"channel_id=(\d+)", rest)
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
-            yield _collective(kind, line, result, loops)
+            yield (path, kind, channel[1] if channel else (name, own)), _collective(kind, line, result, loops)
         if operation == "while":
             body = re.search(r"body=%?([\w.\-]+)", rest)
             assert body
-            yield from _walk(computations, body[1], (*loops, _trips(computations, rest)))
+            yield from _walk(computations, body[1], (*loops, _trips(computations, rest)), (*path, body[1]))
         elif operation in ("call", "fusion", "conditional", "async-start"):
-            for callee in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest):
-                yield from _walk(computations, callee, loops)
+            callees = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-                for callee in re.findall(r"%?([\w.\-]+)", branches):
-                    yield from _walk(computations, callee, loops)
+                callees += re.findall(r"%?([\w.\-]+)", branches)
+            for callee in callees:
+                yield from _walk(computations, callee, loops, path)
 
 
 def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Collective:

@@ -24,8 +24,8 @@ class Loop:
 
     Attributes:
         step: newest step whose metrics were read.
-        last: its metrics: loss (nats per token), grad_norm, learning_rate,
-            step_time_s, tokens_per_s; mfu where the hardware's peak is known; objective where it is not the loss.
+        last: its metrics: loss (nats per token), grad_norm, learning_rate, step_time_s, tokens_per_s; mfu where the
+            hardware's peak is known; objective where another loss is minimized.
         first_step_s: seconds from the start of the process to the end of the first step.
     """
 
@@ -107,8 +107,6 @@ class Loop:
         """Reads one step's metrics, logs them and asks the callbacks; True asks to stop."""
         values = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
         del values["targets"]
-        if values["objective"] == values["loss"]:  # no z-loss, no loss of the user's own
-            del values["objective"]
         now = time.perf_counter()
         values["step_time_s"], self._clock = now - self._clock, now
         values["tokens_per_s"] = self.config.train.tokens_per_step / values["step_time_s"]

@@ -36,6 +36,6 @@ def next_token_loss(z_loss: float) -> TokenLoss:
 
     def loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
         loss_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
-        return loss_BT + z_loss * log_z_BT**2 if z_loss else loss_BT
+        return loss_BT + z_loss * log_z_BT**2
 
     return loss

@@ -42,7 +42,7 @@ class Program:
     Attributes:
         config: the run.
         mesh: its devices, all axes Explicit.
-        token_loss: loss of every token; the step takes its mean over the mask.
+        token_loss: loss of every token, whose mean over the mask is minimized; None is plain cross entropy.
         graph: the model's structure, without parameters.
         dims: dimension letters of every parameter, as the tree of parameters; stacked layers lead with L.
         optimizer: the optax chain.
@@ -50,7 +50,7 @@ class Program:
 
     config: Config
     mesh: Mesh
-    token_loss: TokenLoss
+    token_loss: TokenLoss | None
     graph: Any
     dims: Any
     optimizer: optax.GradientTransformation
@@ -168,18 +168,22 @@ class Program:
             (_, sums), grads = value_and_grad(held, jax.tree.map(lambda x: x[0], batch))
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         else:
-            zeros = {"loss": jnp.zeros(()), "total": jnp.zeros(()), "targets": jnp.zeros(())}
-            start = (jax.tree.map(zeros_like_gradient, held), zeros)
+            names = ["loss", "targets"] + ["objective"] * (self.token_loss is not None)
+            start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in names})
             (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
-        count = jnp.maximum(sums["targets"], 1.0)
+        targets = sums.pop("targets")
+        count = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / count, leave_step(grads, self.dims))
-        return grads, {"loss": sums["loss"] / count, "objective": sums["total"] / count, "targets": sums["targets"]}
+        return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits_BTV = self.logits(params, rows)
-        total = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
-        return total, {"loss": loss, "total": total, "targets": rows["mask"].sum()}
+        sums = {"loss": loss, "targets": rows["mask"].sum()}
+        if self.token_loss is None:
+            return loss, sums
+        sums["objective"] = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        return sums["objective"], sums
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
@@ -196,7 +200,8 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     Args:
         config: the run.
         mesh: from mesh.make_mesh.
-        token_loss: replaces the default, cross entropy with config.train.z_loss.
+        token_loss: replaces the default, cross entropy with config.train.z_loss. Where it is not plain cross entropy,
+            the step's metrics have its mean as "objective" beside "loss".
     """
     with jax.set_mesh(mesh):
         model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
@@ -204,4 +209,5 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     own = nnx.to_pure_dict(dims_of(state))
     dims = jax.tree.map(lambda d, s: "L" * (len(s.shape) - len(d)) + d, own, nnx.to_pure_dict(state))
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
-    return Program(config, mesh, token_loss or next_token_loss(config.train.z_loss), graph, dims, optimizer)
+    z_loss = config.train.z_loss
+    return Program(config, mesh, token_loss or (next_token_loss(z_loss) if z_loss else None), graph, dims, optimizer)

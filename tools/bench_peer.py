@@ -1,14 +1,16 @@
 """Training throughput on this CPU: maxlm against Hugging Face transformers' Llama in torch, same model, same run.
 
 Both train the same Llama in float32 from the same weights on the same random tokens, with AdamW (torch's is the fused
-one), clipping, and all cores. Each lives in a process of its own that sleeps while another one measures; they take
-turns, and medians count. Before any timing the losses of the first step are compared: they have to agree to 1e-4, and
+one), clipping, and the same cores. Each lives in a process of its own that sleeps while another one measures; they take
+turns, and medians count. What other programs took of the cores meanwhile is printed: above some percent the times of a
+step are theirs too, and torch's threads, which wait for one another, lose more than maxlm's. Then trust CPU seconds and
+--cores 1. Before any timing the losses of the first step are compared: they have to agree to 1e-4, and
 exit code 1 says that they do not. Torch's attention is measured twice, eager and fused (sdpa); the faster one is what
 maxlm is compared with. Needs torch and transformers: pip install 'maxlm[oracles]'.
 
     python tools/bench_peer.py                                    # 17 M parameters, some minutes on two cores
     python tools/bench_peer.py --layers 2 --rounds 2 --steps 2    # a short form
-    python tools/bench_peer.py --set train.remat=full --torch-compile
+    python tools/bench_peer.py --cores 1 --set train.remat=full --torch-compile
 """
 
 import argparse
@@ -47,6 +49,7 @@ def main() -> int:
         ("warmup", 2, "steps before any timing, after the first"),
         ("steps", 4, "timed steps in a turn"),
         ("rounds", 5, "turns of each"),
+        ("cores", len(os.sched_getaffinity(0)), "cores to use"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument(
@@ -69,7 +72,8 @@ def main() -> int:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     names = ["maxlm", "torch-eager", "torch-sdpa"] + ["torch-compile"] * args.torch_compile
-    load = os.getloadavg()[0]
+    load, busy, used = os.getloadavg()[0], 0.0, 0.0
+    cpu_times: dict[str, list[float]] = {name: [] for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "weights.npz")
@@ -83,16 +87,20 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             starts = [1 + args.warmup + turn * args.steps for turn in range(turns)]
             for first, count in [(1, args.warmup), *((start, args.steps) for start in starts)]:
                 for name, worker in workers.items():
+                    before = _busy_s()
                     done = worker.steps(first, count)
                     losses[name] += done["losses"]
-                    times[name] += done["times_s"] if first in starts else []
+                    if first in starts:
+                        times[name] += done["times_s"]
+                        cpu_times[name] += done["cpu_times_s"]
+                        busy, used = busy + _busy_s() - before, used + sum(done["cpu_times_s"])
         finally:
             for worker in workers.values():
                 worker.close()
     lasts = [values[-1] for values in losses.values()]
     result = about | {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": args.cores,
         "load_average_before": round(load, 2),
         "tokens_per_step": args.batch * args.seq_len,
         "num_steps": len(losses["maxlm"]),
@@ -100,15 +108,22 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "last_loss_difference": (max(lasts) - min(lasts)) / min(lasts),
         "last_losses": dict(zip(names, lasts, strict=True)),
         "times_s": times,
+        "cpu_times_s": cpu_times,
     }
-    return result | (_rates(result, times) if turns else {})
+    if not turns:
+        return result
+    # of the core seconds of all turns
+    others = max(0.0, busy - used) / (sum(sum(values) for values in times.values()) * len(os.sched_getaffinity(0)))
+    return result | _rates(result, times) | {"share_of_other_programs": others}
 
 
 def _rates(result: dict[str, Any], times: dict[str, list[float]]) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     peer = min((name for name in times if name != "maxlm"), key=lambda name: medians[name])
+    cpu = {name: statistics.median(values) for name, values in result["cpu_times_s"].items()}
     return {
         "median_step_s": medians,
+        "median_step_cpu_s": cpu,
         "tokens_per_s": {name: result["tokens_per_step"] / median for name, median in medians.items()},
         "fastest_peer": peer,
         "ratio_to_fastest_peer": medians[peer] / medians["maxlm"],
@@ -147,6 +162,16 @@ class _Worker:
         self._process.wait()
 
 
+def _busy_s() -> float:
+    """Seconds that all cores have worked since the machine started; 0 where that is not told."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system = file.readline().split()[1:4]
+    except OSError:
+        return 0.0
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
@@ -166,12 +191,13 @@ def _table(result: dict[str, Any]) -> str:
     ]
     if "median_step_s" not in result:
         return "\n".join([*lines, f"not measured: the first losses have to agree to {MAX_DIFFERENCE:.0e}"])
-    lines += ["", f"{'':14}{'tokens/s':>10}{'GFLOP/s':>10}{'step':>10}   fastest to slowest step"]
+    lines.append(f"other programs took {result['share_of_other_programs']:.0%} of the machine")
+    lines += ["", f"{'':14}{'tokens/s':>10}{'GFLOP/s':>10}{'step':>10}{'CPU':>10}   fastest to slowest step"]
     for name, times in result["times_s"].items():
-        rate = result["tokens_per_s"][name]
+        rate, step, cpu = (result[k][name] for k in ("tokens_per_s", "median_step_s", "median_step_cpu_s"))
         lines.append(
-            f"{name:14}{rate:10.0f}{rate * result['flops_per_token'] / 1e9:10.0f}"
-            f"{result['median_step_s'][name]:8.3f} s   {min(times):.3f} to {max(times):.3f} s"
+            f"{name:14}{rate:10.0f}{rate * result['flops_per_token'] / 1e9:10.0f}{step:8.3f} s{cpu:8.3f} s"
+            f"   {min(times):.3f} to {max(times):.3f} s"
         )
     ratio = result["ratio_to_fastest_peer"]
     return "\n".join([*lines, "", f"maxlm is {ratio:.2f} times as fast as {result['fastest_peer']}"])
@@ -181,17 +207,19 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _work(args: argparse.Namespace) -> int:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     about, step = _maxlm(args) if args.worker == "maxlm" else _torch(args)
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         first, count = json.loads(line)
-        times, losses = [], []
+        times, cpu_times, losses = [], [], []
         for i in range(first, first + count):
             tokens = np.random.default_rng(i).integers(0, args.vocab, (args.batch, args.seq_len + 1), dtype=np.int32)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             losses.append(step(tokens))
             times.append(time.perf_counter() - start)
-        print(json.dumps({"times_s": times, "losses": losses}), flush=True)
+            cpu_times.append(time.process_time() - cpu_start)
+        print(json.dumps({"times_s": times, "cpu_times_s": cpu_times, "losses": losses}), flush=True)
     return 0
 
 
@@ -283,7 +311,7 @@ def _torch(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
     import torch
     import transformers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(args.cores)
     config = transformers.LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.width,

@@ -38,7 +38,8 @@ def figures(config_path: str, overrides: list[str], topology: str) -> dict[str, 
         topology: TPU slice such as v5e:4x4, as jax names it.
     """
     config = load_config(config_path, overrides)
-    devices = topologies.get_topology_desc(topology, "tpu").devices
+    single = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    devices = topologies.get_topology_desc(topology, "tpu", **single).devices
     sizes = axis_sizes(config.mesh, len(devices))
     check_fit(config, sizes)
     program = build_program(config, make_mesh(config.mesh, devices))
