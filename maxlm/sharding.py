@@ -165,8 +165,11 @@ def _reduced(w: jax.Array) -> frozenset[str]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _all_gather(dims: str, w: jax.Array) -> jax.Array:
-    reduced = _reduced(w) | frozenset(mesh_axes("fsdp"))
-    return jax.reshard(w, _gathered_spec(dims, reduced=reduced))
+    """One all-gather per mesh axis of fsdp, innermost first; see _reduce_scatter."""
+    fsdp = mesh_axes("fsdp")
+    for i in reversed(range(len(fsdp))):
+        w = jax.reshard(w, _partly_gathered(dims, fsdp[:i], reduced=_reduced(w) | {fsdp[i]}))
+    return w
 
 
 def _all_gather_fwd(dims: str, w: jax.Array) -> tuple[jax.Array, None]:
@@ -180,18 +183,21 @@ def _all_gather_bwd(dims: str, _: None, g: jax.Array) -> tuple[jax.Array]:
 _all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
 
 
-def _gathered_spec(dims: str, **kinds: Any) -> P:
-    return spec(dims, {**PARAM, "D": None}, **kinds)
+def _partly_gathered(dims: str, fsdp: tuple[str, ...], **kinds: Any) -> P:
+    """The spec of a parameter that is still split over these mesh axes of fsdp."""
+    entry = None if not fsdp else fsdp if len(fsdp) > 1 else fsdp[0]
+    entries = spec(dims, {**PARAM, "D": None}).partitions
+    return P(*(entry if d == "D" else e for d, e in zip(dims, entries, strict=True)), **kinds)
 
 
 def _reduce_scatter(g: jax.Array, dims: str) -> jax.Array:
-    """One reduce-scatter per mesh axis of fsdp: over all at once, a TPU slice does a full all-reduce instead."""
+    """One reduce-scatter per mesh axis of fsdp: over all at once, a TPU slice does a full all-reduce instead.
+
+    (Gathers over all three dimensions of a v5p slice become all-reduces too.)
+    """
     fsdp, open_axes = mesh_axes("fsdp"), frozenset(jax.typeof(g).sharding.spec.unreduced)
     if not open_axes.intersection(fsdp):
         return g
     for i in range(1, len(fsdp) + 1):
-        done = fsdp[:i]
-        entry = done if len(done) > 1 else done[0]
-        entries = [entry if d == "D" else e for d, e in zip(dims, _gathered_spec(dims).partitions, strict=True)]
-        g = jax.reshard(g, P(*entries, unreduced=open_axes - frozenset(done)))
+        g = jax.reshard(g, _partly_gathered(dims, fsdp[:i], unreduced=open_axes - frozenset(fsdp[:i])))
     return g
