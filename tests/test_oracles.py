@@ -222,9 +222,8 @@ def both(family: str, **mesh: int) -> SimpleNamespace:
 def our_logits(program: Program, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     """Logits [B, T, V] of a host batch [1, B, T]."""
     with jax.set_mesh(program.mesh):
-        params, batch = place(program, params, batch)
         run = jax.jit(lambda p, b: program.logits(p, {k: v[0] for k, v in b.items()}))
-        return np.asarray(run(params, batch))
+        return np.asarray(run(*place(program, params, batch)))
 
 
 def one_document(config: Config) -> dict[str, np.ndarray]:
