@@ -47,6 +47,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
         except OSError as error:
             raise StorageError(f"cannot use {self.path}: {error.strerror or error}") from None
+        except ImportError:
+            raise StorageError(
+                f"checkpoints in {self.path} need another package: pip install 'maxlm[buckets]'"
+            ) from None
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -56,18 +60,14 @@ class Checkpoints:
         """Complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
-        """Saves the state of a step. Returns once it is copied from the devices, unless told to wait for the disk.
+    def save(self, step: int, state: Any) -> None:
+        """Saves the state of a step. Returns once it is copied from the devices.
 
         Raises:
             CheckpointError: this save, or an earlier one in the background, failed.
         """
-        if step in self._manager.all_steps():
-            return
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
-            if wait:
-                self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
             raise CheckpointError(self._failed(f"saving step {step}", error)) from error
@@ -91,7 +91,15 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(self._failed(f"reading step {step}", error)) from error
+            earlier = [s for s in self.steps() if s < step]
+            way_out = (
+                f"to go on from step {earlier[-1]}, move {self.step_path(step)} away"
+                if earlier
+                else "there is no earlier one"
+            )
+            raise CheckpointError(
+                f"cannot read checkpoint {self.step_path(step)}: {_brief(error)}; {way_out}"
+            ) from error
 
     def step_path(self, step: int | None) -> str | None:
         """Folder of a step; None of none."""
@@ -116,7 +124,11 @@ class Checkpoints:
     def _failed(self, what: str, error: Exception) -> str:
         steps = self.steps()
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        return f"{what} in {self.path} failed: {' '.join(str(error).split())[:300]}; {kept}"
+        return f"{what} in {self.path} failed: {_brief(error)}; {kept}"
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

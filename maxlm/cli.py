@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 
 from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
@@ -28,12 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ConfigError, ValueError, OSError) as error:
-        return _fail(error, 2)
-    except (RuntimeError, FloatingPointError) as error:
-        if type(error).__module__.startswith("maxlm") or isinstance(error, FloatingPointError):
-            return _fail(error, 1)
-        raise
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        # Ours, and what the system says of files, are sentences for the user; anything else is a bug and shows where.
+        if not isinstance(error, OSError) and not _is_ours(error):
+            raise
+        asked_wrongly = isinstance(error, ValueError | FileNotFoundError) and not isinstance(error, FloatingPointError)
+        return _fail(error, 2 if asked_wrongly else 1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised by maxlm itself and not inside a library."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return os.path.dirname(os.path.abspath(__file__)) in os.path.abspath(last.filename)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,18 +96,31 @@ def _train(args: argparse.Namespace) -> int:
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 
     result = train(config)
-    me = "maxlm" if shutil.which("maxlm") else os.path.relpath(sys.argv[0])
+    longer = _again(args, [f"train.steps={2 * result.step}"], ("train.steps", "train.tokens"))
     if result.status == "already complete":
         figures = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.final.items())
         print(
             f"{result.run_dir} is complete: {result.step} steps" + (f" ({figures})" if figures else "") + ".\n"
-            f"  go on:       {me} train {args.config} train.steps={2 * result.step}\n"
-            f"  look at it:  {me} report {result.run_dir}\n"
-            f"  start anew:  {me} train {args.config} run.name=NAME"
+            f"  go on:       {longer}\n"
+            f"  look at it:  {_me()} report {shlex.quote(result.run_dir)}\n"
+            f"  start anew:  {_again(args, ['run.name=NAME'], ('run.name',))}"
         )
     elif result.status == "complete":
-        print(f"continue with more steps: {me} train {args.config} train.steps={2 * result.step}")
+        print(f"continue with more steps: {longer}")
     return 0
+
+
+def _again(args: argparse.Namespace, settings: list[str], replaced: tuple[str, ...]) -> str:
+    """The command of this run with other settings."""
+    kept = [o for o in args.overrides if o.partition("=")[0] not in replaced]
+    return f"{_me()} train {shlex.join([args.config, *kept, *settings])}"
+
+
+def _me() -> str:
+    """How this program was called."""
+    if sys.argv[0].endswith(".py"):
+        return "python -m maxlm"
+    return "maxlm" if shutil.which("maxlm") else os.path.relpath(sys.argv[0])
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -203,7 +204,7 @@ class TrainConfig(Section):
     compilation_cache: str | None = Field(
         "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
     )
-    profile_steps: tuple[Count, Count] | None = Field(
+    profile_steps: tuple[Positive, Positive] | None = Field(
         None, description="[first, last] step of a profiler trace written to the run folder."
     )
 
@@ -251,10 +252,10 @@ class OptimConfig(Section):
     name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field("adamw", description="Optimizer.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate over time.")
-    beta1: Fraction = Field(0.9, description="Decay of the first moment (adamw, lion; muon's Adam part).")
-    beta2: Fraction = Field(0.95, description="Decay of the second moment (adamw, lion; muon's Adam part).")
+    beta1: BelowOne = Field(0.9, description="Decay of the first moment (adamw, lion; muon's Adam part).")
+    beta2: BelowOne = Field(0.95, description="Decay of the second moment (adamw, lion; muon's Adam part).")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    momentum: Fraction = Field(0.95, description="Momentum (sgd, muon).")
+    momentum: BelowOne = Field(0.95, description="Momentum (sgd, muon).")
     weight_decay: NonNegative = Field(0.1, description="Decoupled weight decay, multiplied by the learning rate.")
     decay_mask: str = Field(
         r".*(norm|bias).*|embed|positions", description="Parameters whose path matches this expression are not decayed."
@@ -282,7 +283,9 @@ class EvalConfig(Section):
     every: Count = Field(0, description="Steps between evaluations; 0 evaluates at the end only.")
     batches: Positive = Field(8, description="Held-out global batches per evaluation.")
     sample_tokens: Count = Field(200, description="Tokens of sample text generated at the end; 0 for none.")
-    sample_prompt: str = Field("", description="Text that the sample continues; empty starts a new document.")
+    sample_prompt: str = Field(
+        "", description="Text that the sample continues; empty begins as the held-out text does."
+    )
 
 
 class CheckpointConfig(Section):

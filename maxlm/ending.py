@@ -13,6 +13,7 @@ from maxlm.data.loader import Loader
 from maxlm.feed import DataSource
 from maxlm.hardware import detect
 from maxlm.loop import Loop
+from maxlm.metrics import read_metrics
 from maxlm.progress import summary_table
 from maxlm.run_folder import RunFolder
 from maxlm.sample import sample
@@ -103,18 +104,18 @@ class Ending:
 
     @property
     def wall_s(self) -> float:
-        """Seconds spent on the run, earlier starts included."""
+        """Seconds spent on the run; earlier starts count up to when they last wrote summary.json."""
         return self._wall_before_s + time.perf_counter() - self.started
 
     def write(self, step: int, status: str, **more: Any) -> None:
-        """Replaces summary.json: facts, status ("running", "stopped", "diverged", "complete") and more."""
+        """Replaces summary.json: facts, status ("running", "stopped", "diverged", "failed", "complete") and more."""
         self.folder.write_summary(
             {
                 **self.folder.read_summary(),
                 **self.facts,
                 "status": status,
                 "step": step,
-                "first_step_s": self.loop.first_step_s,
+                **({"first_step_s": self.loop.first_step_s} if self.loop.first_step_s else {}),
                 "wall_s": self.wall_s,
                 "checkpoint": self.loop.checkpoints.step_path(self.loop.checkpoints.latest()),
                 **more,
@@ -133,10 +134,12 @@ class Ending:
     def complete(self, state: State, step: int) -> dict[str, float]:
         """After the last step. Returns the final figures."""
         note = self.loop.progress.note
-        final = {"train_loss": self.loop.last["loss"], **self.loop.evaluate(state, step)}
+        last = self.loop.last or read_metrics(self.folder.path).train[-1]  # a run killed before its last evaluation
+        final = {"train_loss": last["loss"], **self.loop.evaluate(state, step)}
         more: dict[str, Any] = {"final": final}
-        if isinstance(self.source, Loader) and "heldout_loss" in final:
-            more["baselines"] = ngram_bits_per_byte(self.source.stores[0])
+        stores = self.source.stores if isinstance(self.source, Loader) and self.folder.primary else []
+        if len(stores) == 1 and "heldout_loss" in final:  # a mixture has no one split to count on
+            more["baselines"] = ngram_bits_per_byte(stores[0])
         more |= self._sample(state)
         self.loop.checkpoints.wait()
         self.write(step, "complete", **more)
@@ -148,27 +151,34 @@ class Ending:
 
     def _sample(self, state: State) -> dict[str, str]:
         config = self.loop.config.eval
-        if not isinstance(self.source, Loader) or not config.sample_tokens:
+        no_text = not config.sample_prompt and _missing_heldout(self.source, 1) is not None
+        if not isinstance(self.source, Loader) or not config.sample_tokens or no_text:
             return {}
-        tokenizer = self.source.stores[0].tokenizer()
-        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        prompt = [start, *(int(i) for i in tokenizer.encode_batch([config.sample_prompt])[0])]
+        store = self.source.stores[0]
+        tokenizer = store.tokenizer()
+        prompt = [int(i) for i in tokenizer.encode_batch([config.sample_prompt])[0]]
+        if tokenizer.bos_id is not None:
+            prompt = [tokenizer.bos_id, *prompt]
+        elif not prompt:  # no model has seen what comes before a document's first token
+            prompt = [int(i) for i in store.read("heldout", 0, 1)]
         params = state.get("ema", state["params"])
         ids = sample(self.loop.program, params, prompt, config.sample_tokens, tokenizer.eos_id, SAMPLE_TEMPERATURE)
+        said = tokenizer.decode([i for i in prompt if i != tokenizer.bos_id])
         text = tokenizer.decode(ids)
-        self.loop.progress.note(f"sample (temperature {SAMPLE_TEMPERATURE}):\n{config.sample_prompt}{text}\n")
-        return {"prompt": config.sample_prompt, "sample": text}
+        self.loop.progress.note(f"sample (temperature {SAMPLE_TEMPERATURE}):\n{said}{text}\n")
+        return {"prompt": said, "sample": text}
 
     def _closing_rows(self, final: dict[str, float], more: dict[str, Any]) -> dict[str, str]:
         rows = {"train loss": f"{final['train_loss']:.4f} nats per token"}
         if "heldout_loss" in final:
             rows["held-out loss"] = f"{final['heldout_loss']:.4f} nats per token"
         if bits := final.get("heldout_bits_per_byte"):
-            base = more["baselines"]
-            rows["bits per byte"] = (
-                f"{bits:.3f} held out; counting models on the same split: "
-                f"trigram {base['trigram']:.3f}, unigram {base['unigram']:.3f}"
+            rows["bits per byte"] = f"{bits:.3f} held out"
+        if base := more.get("baselines"):
+            rows["bits per byte"] += (
+                f"; counting models on the same split: trigram {base['trigram']:.3f}, unigram {base['unigram']:.3f}"
             )
-        rows["time"] = f"{units.duration(self.wall_s)}, first step after {self.loop.first_step_s:.1f} s"
+        first = self.loop.first_step_s
+        rows["time"] = units.duration(self.wall_s) + (f", first step after {first:.1f} s" if first else "")
         rows["checkpoint"] = str(self.loop.checkpoints.step_path(self.loop.checkpoints.latest()))
         return rows

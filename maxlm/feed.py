@@ -1,14 +1,16 @@
-"""From host rows to global device arrays: each host loads the rows of its own devices."""
+"""From host rows to global device arrays. A host reads the range of rows from its first to its last device's."""
 
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from maxlm.config import Config
 from maxlm.data.loader import Loader
 from maxlm.loss import Batch
-from maxlm.step import Program
+from maxlm.step import BATCH_DTYPES, Program
 
 HostBatch = dict[str, np.ndarray]
 
@@ -30,22 +32,26 @@ class DataSource(Protocol):
 
 
 class StepFunction:
-    """A data source made of one function: step -> global batch {tokens, targets, ...: [B, T]}.
+    """A data source made of one function: step -> global batch {"tokens", "targets": int [B, T], ...}.
 
     A function of the step alone, so that a resumed run sees what it would have seen. segments, positions and mask
     may be left out: then every row is one document and every target counts.
     """
 
-    def __init__(self, function: Callable[[int], HostBatch]):
+    def __init__(self, function: Callable[[int], HostBatch], config: Config):
         self._function = function
+        self._shape = (config.train.batch_size, config.train.seq_len)
+        self._vocab_size = config.model.vocab_size
 
     def batches(self, first_step: int, start: int, stop: int) -> Iterator[HostBatch]:
-        """As DataSource.batches."""
-        step = first_step
-        while True:
-            rows = self._complete(self._function(step))
+        """As DataSource.batches.
+
+        Raises:
+            ValueError: the function's batch has a wrong key, shape or id.
+        """
+        for step in itertools.count(first_step):
+            rows = self._checked(step, self._function(step))
             yield {key: value[start:stop] for key, value in rows.items()}
-            step += 1
 
     def heldout(self, batch_size: int, num_batches: int, start: int, stop: int) -> Iterator[HostBatch]:
         """There is none."""
@@ -54,15 +60,26 @@ class StepFunction:
     def close(self) -> None:
         """Nothing to release."""
 
-    @staticmethod
-    def _complete(rows: HostBatch) -> HostBatch:
-        tokens = np.asarray(rows["tokens"], np.int32)
+    def _checked(self, step: int, rows: HostBatch) -> HostBatch:
+        B, T = self._shape
         default = {
-            "segments": np.ones_like(tokens),
-            "positions": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape),
-            "mask": np.ones(tokens.shape, np.float32),
+            "segments": np.ones((B, T), np.int32),
+            "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+            "mask": np.ones((B, T), np.float32),
         }
-        return {**default, **rows}
+        where = f"the data function's batch of step {step}"
+        if not {"tokens", "targets"} <= set(rows) <= set(BATCH_DTYPES):
+            raise ValueError(f"{where} has {sorted(rows)}; it needs tokens and targets, and may have {sorted(default)}")
+        for key, value in rows.items():
+            if np.shape(value) != self._shape:
+                raise ValueError(
+                    f"{where}: {key} is {list(np.shape(value))}, not [train.batch_size, train.seq_len] = [{B}, {T}]"
+                )
+        for key in ("tokens", "targets"):
+            low, high = int(np.min(rows[key])), int(np.max(rows[key]))
+            if low < 0 or high >= self._vocab_size:
+                raise ValueError(f"{where}: {key} has the ids {low} to {high}, but model.vocab_size={self._vocab_size}")
+        return {**default, **{key: np.asarray(value) for key, value in rows.items()}}
 
 
 class Feed:

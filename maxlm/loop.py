@@ -3,11 +3,14 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+from maxlm import flops
 from maxlm.checkpoint import Checkpoints
 from maxlm.feed import Feed
 from maxlm.metrics import MetricsWriter
@@ -17,6 +20,9 @@ from maxlm.stop import StopSignals, process_age_s
 
 Callback = Callable[[int, dict[str, float]], bool | None]
 """(finished steps, metrics), called after each step, one step late. Returning True stops the run with a save."""
+
+AGREE_EVERY = 10
+"""Steps between the moments when many hosts agree to stop."""
 
 
 class Loop:
@@ -45,9 +51,10 @@ class Loop:
         self.step = 0
         self.last: dict[str, float] = {}
         self.first_step_s: float | None = None
-        self._flops_per_step = facts["flops_per_token"] * self.config.train.tokens_per_step
+        self._flops_per_token = facts["flops_per_token"]
         self._peak_flops, self._profile_dir = facts["peak_flops"], profile_dir
-        self._saved: int | None = None
+        self._callback_stops: str | None = None
+        self._tracing = False
         self._clock = time.perf_counter()
 
     def run(self, state: State, first: int) -> tuple[State, int, str | None]:
@@ -58,34 +65,39 @@ class Loop:
 
         Raises:
             CheckpointError: a save failed.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or the gradient is not finite.
         """
         config, total = self.config, self.config.train.num_steps
-        self._saved, self._clock = first or None, time.perf_counter()
+        self._clock = time.perf_counter()
         late: tuple[int, dict[str, jax.Array]] | None = None
         stopped_by: str | None = None
         step = first
-        with self._signals() as signals, contextlib.closing(self.feed.train_batches(first)) as batches:
+        with (
+            self._signals() as signals,
+            contextlib.closing(self.feed.train_batches(first)) as batches,
+            self._profiler(),
+        ):
             while step < total and not stopped_by:
-                self._profile(step + 1)
+                self._profile(step + 1, state)
                 state, fresh = self.program.step(state, next(batches))
                 step += 1
                 # The metrics of the step before are read while this one runs: the devices never wait for the host.
-                # Only where something else waits for this step anyway is it read at once.
-                now = step == first + 1 or step == total or _due(step, config.eval.every)
-                for ready in [late, (step, fresh) if now else None]:
-                    if ready and self._report(*ready):
-                        stopped_by = "a callback"
-                late = None if now else (step, fresh)
-                stopped_by = stopped_by or signals.requested
+                # Where something waits for this step anyway it is read at once: what is saved is known to be finite.
+                if late:
+                    self._report(*late)
+                late = (step, fresh)
+                save = step == total or _due(step, config.checkpoint.every)
+                if save or step == first + 1 or _due(step, config.eval.every):
+                    self._report(*late)
+                    late = None
+                stopped_by = self._agreed(step, signals.requested or self._callback_stops)
+                if stopped_by and late:
+                    self._report(*late)
                 if _due(step, config.eval.every) and step < total:
                     self.evaluate(state, step)
-                if stopped_by or step == total or _due(step, config.checkpoint.every):
-                    self.checkpoints.save(step, state)
-                    self._saved = step
-            if late:
-                self._report(*late)
-        return state, step, stopped_by
+                if save or stopped_by:
+                    self._save(state, step)
+        return state, step, stopped_by if step < total else None
 
     def evaluate(self, state: State, step: int) -> dict[str, float]:
         """Held-out loss in nats per token, and bits per byte of text; {} where there is no held-out text."""
@@ -103,15 +115,15 @@ class Loop:
         self._clock = time.perf_counter()
         return values
 
-    def _report(self, step: int, device_metrics: dict[str, jax.Array]) -> bool:
-        """Reads one step's metrics, logs them and asks the callbacks; True asks to stop."""
+    def _report(self, step: int, device_metrics: dict[str, jax.Array]) -> None:
+        """Reads one step's metrics, logs them and asks the callbacks."""
         values = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
         del values["targets"]
         now = time.perf_counter()
         values["step_time_s"], self._clock = now - self._clock, now
         values["tokens_per_s"] = self.config.train.tokens_per_step / values["step_time_s"]
         if self._peak_flops:
-            values["mfu"] = self._flops_per_step / values["step_time_s"] / self._peak_flops
+            values["mfu"] = flops.mfu(values["tokens_per_s"], self._flops_per_token, self._peak_flops)
         if self.first_step_s is None:
             self.first_step_s = process_age_s()
             self.progress.note(f"first step finished {self.first_step_s:.1f} s after the start of the process")
@@ -119,31 +131,62 @@ class Loop:
             self.metrics.train(step, values)
         self.progress.update(step, **values)
         self.step, self.last = step, values
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}; the newest checkpoint is of step {self._saved}. "
-                "Lower optim.learning_rate or lengthen optim.schedule.warmup_steps"
-            )
-        answers = [callback(step, values) for callback in self.callbacks]  # all are called, whatever one says
-        return any(answers)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"the {name} of step {step} is {values[name]}; the newest checkpoint is of step "
+                    f"{self.checkpoints.latest()}. Lower optim.learning_rate or lengthen optim.schedule.warmup_steps"
+                )
+        for callback in self.callbacks:
+            if callback(step, values):
+                self._callback_stops = "a callback"
+
+    def _save(self, state: State, step: int) -> None:
+        if self.metrics:
+            self.metrics.flush()  # no checkpoint is ahead of its metrics
+        self.checkpoints.save(step, state)
+        self._clock = time.perf_counter()
+
+    def _agreed(self, step: int, wish: str | None) -> str | None:
+        """What stops the run after this step. Many hosts ask each other now and then: all must leave at one step."""
+        if jax.process_count() == 1:
+            return wish
+        if step % AGREE_EVERY:
+            return None
+        wishes = multihost_utils.process_allgather(np.array(wish is not None))
+        return wish or ("another host" if wishes.any() else None)
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:
             self.progress.note(f"{name}: finishing this step and saving; a second Ctrl-C ends at once without a save")
 
         def second() -> None:
-            lost = "everything since the start" if self._saved is None else f"what came after step {self._saved}"
+            saved = self.checkpoints.latest()
+            lost = "everything since the start" if saved is None else f"what came after step {saved}"
             self.progress.note(f"ended without a save: {lost} is lost. The same command resumes from there.")
+            self.progress.close()
 
         return StopSignals(first, second)
 
-    def _profile(self, step: int) -> None:
-        """Starts and stops the profiler around train.profile_steps."""
-        first, last = self.config.train.profile_steps or (-1, -1)
-        if step == first:
+    def _profile(self, step: int, state: State) -> None:
+        """Starts and ends the profiler around train.profile_steps."""
+        first, last = self.config.train.profile_steps or (1, 0)
+        inside = first <= step <= last
+        if inside and not self._tracing:
             jax.profiler.start_trace(self._profile_dir)
-        if step == last + 1 and last >= 0:
+        elif self._tracing and not inside:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
+        self._tracing = inside
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[None]:
+        """Ends a trace that the run's end cuts short."""
+        try:
+            yield
+        finally:
+            if self._tracing:
+                jax.profiler.stop_trace()
 
 
 def _due(step: int, every: int) -> bool:

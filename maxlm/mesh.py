@@ -16,17 +16,20 @@ from maxlm.config_file import ConfigError
 def start_devices(config: MeshConfig) -> list[Any]:
     """Starts the backend and returns the devices of the run; joins the other hosts of a pod first.
 
-    Hosts find each other where the platform tells them (Cloud TPU pods, SLURM, or JAX_COORDINATOR_ADDRESS);
-    a single host needs nothing. With fake_devices the run uses that many CPU devices.
+    Hosts find each other on Cloud TPU pods and under SLURM (srun); elsewhere by JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single host needs nothing. With fake_devices the run uses that many CPU
+    devices.
 
     Raises:
         ConfigError: fake_devices is set after JAX has started with fewer devices.
     """
     if config.fake_devices:
         # many devices share few cores: a slow collective is to be waited for
-        flags = {"warn_stuck": 120, "terminate": 3600}
-        patience = [f"--xla_cpu_collective_call_{name}_timeout_seconds={s}" for name, s in flags.items()]
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *patience]).strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_cpu_collective_call" not in flags:
+            patience = {"warn_stuck": 120, "terminate": 3600}
+            more = [f"--xla_cpu_collective_call_{name}_timeout_seconds={s}" for name, s in patience.items()]
+            os.environ["XLA_FLAGS"] = " ".join([flags, *more]).strip()
         try:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", config.fake_devices)
@@ -39,8 +42,8 @@ def start_devices(config: MeshConfig) -> list[Any]:
                 "set it before anything else uses JAX"
             )
         return devices[: config.fake_devices]
-    if _many_hosts():
-        jax.distributed.initialize()
+    if not jax.distributed.is_initialized():
+        _join_hosts()
     return jax.devices()
 
 
@@ -110,7 +113,7 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
         ("model.num_heads", model.num_heads, "tensor"),
         ("model.num_kv_heads", model.kv_heads, "tensor"),
         ("model.d_ff", model.d_ff, "tensor"),
-        ("model.vocab_multiple", model.padded_vocab, "tensor"),
+        ("model.vocab_size, padded to vocab_multiple,", model.padded_vocab, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
     ):
         if value % sizes[axis]:
@@ -127,15 +130,29 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
-def _many_hosts() -> bool:
-    tpu_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    return tpu_pod or "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+def _join_hosts() -> None:
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise ConfigError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to numbers"
+            ) from None
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or ("SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1)
+    ):
+        jax.distributed.initialize()
 
 
 def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:
     if not all(hasattr(d, "coords") for d in devices):
         return list(devices), [len(devices)]
-    coords = [(*d.coords, getattr(d, "core_on_chip", 0)) for d in devices]
+    # slices outermost: what crosses between them crosses the data-centre network
+    coords = [(getattr(d, "slice_index", 0), *d.coords, getattr(d, "core_on_chip", 0)) for d in devices]
     torus = [len(set(along)) for along in zip(*coords, strict=True)]
     if math.prod(torus) != len(devices):  # part of a slice: no box of devices to follow
         return list(devices), [len(devices)]

@@ -116,6 +116,14 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.log(step, {f"heldout/{k.removeprefix('heldout_')}": float(v) for k, v in values.items()})
 
+    def flush(self) -> None:
+        """Makes what was written durable: called when a checkpoint is saved.
+
+        Raises:
+            StorageError: the file or bucket does not take it.
+        """
+        self._file.flush()
+
     def close(self) -> None:
         """Finishes all files and trackers.
 
@@ -145,11 +153,19 @@ class _LocalLines:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def append(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise storage.StorageError(f"cannot write {self._file.name}: {error.strerror}") from None
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been reported by append
+            self._file.close()
 
 
 class _BucketLines:
@@ -170,6 +186,11 @@ class _BucketLines:
         if due and (self._last is None or self._last.done()):
             self._uploaded_at = time.monotonic()
             self._last = self._pool.submit(storage.write_bytes, self._path, bytes(self._data))
+
+    def flush(self) -> None:
+        if self._last is not None:
+            self._last.exception()  # waits: an older upload must not come after this one
+        storage.write_bytes(self._path, bytes(self._data))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

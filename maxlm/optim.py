@@ -69,9 +69,11 @@ def make_optimizer(optim: OptimConfig, num_steps: int, dims: Tree) -> optax.Grad
     frozen = _matching("freeze", optim.freeze, dims)
     live = jax.tree.map(lambda is_frozen: not is_frozen, frozen)
     steps = [_direction(optim, dims, live)]
-    if optim.clip_norm is not None:
-        steps.insert(0, optax.clip_by_global_norm(optim.clip_norm))
-    if optim.weight_decay:
+    # Links that do nothing stay in the chain: a resumed run may turn clipping or decay on and off.
+    steps.insert(0, optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm))
+    if not optim.weight_decay:
+        steps.append(optax.add_decayed_weights(0.0, mask=live))
+    else:
         kept = _matching("decay_mask", [optim.decay_mask] if optim.decay_mask else [], dims)
         steps.append(optax.add_decayed_weights(optim.weight_decay, mask=jax.tree.map(lambda m: not m, kept)))
     steps.append(optax.scale_by_learning_rate(make_schedule(optim, num_steps)))
@@ -154,7 +156,7 @@ def _matrix_axes(dims: str) -> MuonDimensionNumbers | None:
     """
     rest = [i for i, letter in enumerate(dims) if letter not in "LE"]
     letters = [dims[i] for i in rest]
-    if "D" not in letters or len(rest) < 2 or not {"V", "P"}.isdisjoint(letters):
+    if "D" not in letters or len(rest) < 2 or not {"V", "T"}.isdisjoint(letters):
         return None
     d, others = dims.index("D"), tuple(i for i in rest if dims[i] != "D")
     return MuonDimensionNumbers((d,), others) if d == rest[0] else MuonDimensionNumbers(others, (d,))

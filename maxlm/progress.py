@@ -74,6 +74,10 @@ class Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the live line and gives the terminal its cursor back."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -104,8 +108,9 @@ class Progress:
             # soft_wrap: a file or a pipe has no width to break lines at
             self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_interactive)
         if self._log_file is not None:
-            self._log_file.write(text + "\n")
-            self._log_file.flush()
+            with contextlib.suppress(OSError):  # a full disk must not end a run for the sake of its log
+                self._log_file.write(text + "\n")
+                self._log_file.flush()
 
     def _fields(self, step: int, values: Mapping[str, float | None]) -> list[str]:
         """What is shown, most important first."""

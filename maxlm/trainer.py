@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from maxlm import ending, storage
@@ -91,8 +92,9 @@ def train(
         checkpoints = Checkpoints(folder.path, config.checkpoint)
         stack.callback(checkpoints.close)
         done = checkpoints.latest() or 0
-        if done >= config.train.num_steps:
-            return Result(folder.path, done, "already complete", folder.read_summary().get("final", {}))
+        before = folder.read_summary()
+        if done >= config.train.num_steps and (before.get("status"), before.get("step")) == ("complete", done):
+            return Result(folder.path, done, "already complete", before["final"])
 
         # ---- step and state
         stack.enter_context(jax.set_mesh(mesh))
@@ -111,8 +113,9 @@ def train(
         finish.write(first, "running")
         try:
             state, step, stopped_by = loop.run(state, first)
-        except FloatingPointError:
-            finish.write(loop.step, "diverged")
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                finish.write(loop.step, "diverged" if isinstance(error, FloatingPointError) else "failed")
             raise
 
         # ---- evaluation, sample, report
@@ -145,9 +148,12 @@ def _use_compilation_cache(folder: str | None) -> None:
 def _open_data(config: Config, function: Callable[[int], HostBatch] | None) -> tuple[DataSource, dict[str, Any]]:
     if function is not None:
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-        return StepFunction(function), {"function": name}
-    with show_progress() as progress:
-        ensure_stores(config.data, progress)
+        return StepFunction(function, config), {"function": name}
+    if jax.process_index() == 0:
+        with show_progress() as progress:
+            ensure_stores(config.data, progress)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("token stores")
     return Loader(config.data, config.train, config.model.vocab_size), data_identity(config.data)
 
 
@@ -159,11 +165,13 @@ def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int
         return checkpoints.restore(step, program.state_shapes), step
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
-    path, _, text = train.start_from.partition("@")
+    path, at, text = train.start_from.rpartition("@")
+    if not at or not text.isdigit():
+        path, text = train.start_from, ""
     if not storage.exists(storage.join(path, "checkpoints")):
         raise ConfigError(f"train.start_from={train.start_from}: {path} is not a run folder with checkpoints")
     with contextlib.closing(Checkpoints(path, program.config.checkpoint, read_only=True)) as other:
-        step = int(text) if text.isdigit() else None if text else other.latest()
+        step = int(text) if text else other.latest()
         if step is None or step not in other.steps():
             raise ConfigError(
                 f"train.start_from={train.start_from}: {path} has the steps {other.steps()}; write RUN or RUN@STEP"

@@ -17,6 +17,7 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",  # tests compile for minutes and compute for seconds
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]

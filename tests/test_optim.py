@@ -19,9 +19,10 @@ from maxlm.schedule import make_schedule
 from maxlm.sharding import param_spec
 
 # Every dim has another size, and two dims of the large matrices are long enough (128) for adafactor to factor them.
-SIZES = {"V": 140, "D": 132, "N": 6, "H": 134, "F": 136, "L": 4}
+SIZES = {"V": 140, "D": 132, "N": 6, "H": 134, "F": 136, "L": 4, "T": 138}
 DIMS = {
     "embed": "VD",
+    "positions": "TD",
     "layers": {
         "attn": {"wq": "LDNH", "wo": "LNHD", "q_norm": "LH"},
         "mlp": {"w_up": "LDF", "bias": "LF"},
@@ -161,7 +162,7 @@ def plain_optax(name):
     into, out = axes((1,), (2, 3)), axes((1, 2), (3,))
     numbers = {"attn": {"wq": into, "wo": out, "q_norm": None}, "norm": None}
     numbers["mlp"] = {"w_up": axes((1,), (2,)), "bias": None}
-    numbers = {"embed": None, "layers": numbers, "final_norm": None, "unembed": None}
+    numbers = {"embed": None, "positions": None, "layers": numbers, "final_norm": None, "unembed": None}
     return {
         "adamw": lambda: optax.adamw(lr, 0.9, 0.95, weight_decay=wd),
         "sgd": lambda: optax.chain(optax.add_decayed_weights(0.0), optax.sgd(lr, 0.95)),
@@ -305,8 +306,8 @@ def test_every_state_leaf_rests_on_the_dims_it_keeps(name):
                 letters = "".join(letter_of[size] for size in leaf.shape)
                 assert spec == param_spec(letters), (letters, spec)
                 kept.add(letters)
-    whole = {"VD", "LDNH", "LNHD", "LH", "LDF", "LF", "LD", "D", "DV"}
-    factored = {"V", "D", "LDN", "LNH", "LND", "LD", "LF", "LH"}
+    whole = {"VD", "TD", "LDNH", "LNHD", "LH", "LDF", "LF", "LD", "D", "DV"}
+    factored = {"V", "T", "D", "LDN", "LNH", "LND", "LD", "LF", "LH"}
     assert kept == (factored if name == "adafactor" else whole)
 
 

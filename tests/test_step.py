@@ -1,5 +1,6 @@
 """The same loss and gradients on any mesh, in any number of microbatches, for every kind of model."""
 
+import jax
 import numpy as np
 import pytest
 from helpers import assert_same_loss_and_grads, loss_and_grads, perturbed_params, program_on, random_batch, small_config
@@ -69,6 +70,27 @@ def test_fsdp_over_several_torus_dimensions(torus):
     split = program_on(config, torus, fsdp=8)
     assert sum(name.startswith("fsdp") for name in split.mesh.axis_names) == len(torus)
     assert_same_loss_and_grads(loss_and_grads(split, params, batch), loss_and_grads(one, params, batch))
+
+
+def test_more_than_ten_kinds_of_layers_run_in_their_order():
+    pattern = ["global"] * 11 + ["local"]
+    model = {**small_config().model.model_dump(), "num_layers": 12, "layer_pattern": pattern, "sliding_window": 2}
+    config = small_config(model=model)
+    program = program_on(config)
+    params, batch = perturbed_params(program), random_batch(config)
+    loss, _ = loss_and_grads(program, params, batch)
+    # the same layers as a plain stack of 12, but for the one that sees less: exchange its window with another's
+    model = {**model, "layer_pattern": ["local", *["global"] * 11]}
+    order = [str(i) for i in (11, *range(11))]
+    turned = {**params, "layers": {str(i): params["layers"][old] for i, old in enumerate(order)}}
+    other, _ = loss_and_grads(program_on(small_config(model=model)), turned, batch)
+    assert loss != other, "the local layer stands elsewhere"
+    plain = small_config(model={**model, "layer_pattern": ["global"], "sliding_window": None})
+    stacked = jax.tree.map(lambda *xs: np.concatenate(xs), *(params["layers"][str(i)] for i in range(12)))
+    wide = small_config(model={**model, "layer_pattern": pattern, "sliding_window": 12})
+    want, _ = loss_and_grads(program_on(plain), {**params, "layers": {"0": stacked}}, batch)
+    got, _ = loss_and_grads(program_on(wide), params, batch)
+    assert abs(got - want) < 1e-6 * want, "a window as long as the row is none: order alone decides"
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])

@@ -1,7 +1,6 @@
 """Local files; buckets are tested in data/test_bucket.py against servers."""
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -65,12 +64,8 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     """A limit on file size fails writes the way a full disk does: in the middle."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    program = "import sys\nfrom maxlm import storage\nstorage.write_bytes(sys.argv[1], bytes(2_000_000))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-        capture_output=True,
-        text=True,
-    )
+    limit = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+    program = limit + "from maxlm import storage\nstorage.write_bytes(sys.argv[1], bytes(2_000_000))"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     assert f"StorageError: cannot write {path}: File too large" in done.stderr
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]

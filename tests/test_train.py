@@ -87,6 +87,7 @@ def test_stop_and_resume_is_bit_exact_on_the_same_and_loss_equal_on_another_mesh
     moved = config(tmp_path / "c", store, mesh={"data": 1, "fsdp": 4, "tensor": 1, "fake_devices": 4})
     maxlm.train(moved)
     np.testing.assert_allclose(list(rows(moved).values())[stopped:], list(rows(straight).values())[stopped:], rtol=1e-5)
+    np.testing.assert_allclose(rows(moved, "heldout_loss")[6], rows(straight, "heldout_loss")[6], rtol=1e-5)
 
 
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys):
@@ -108,6 +109,37 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys
     assert summary["baselines"]["trigram"] < summary["baselines"]["unigram"]
     for name in ("report.html", "loss.png", "config.yaml", "train.log"):
         assert (tmp_path / "r" / name).stat().st_size > 0
+
+
+def test_a_run_stopped_on_its_last_step_or_killed_before_its_evaluation_is_finished_by_the_next_start(tmp_path, store):
+    cfg = config(tmp_path, store, train={"steps": 2})
+    assert maxlm.train(cfg, callbacks=[lambda step, _: step == 2]).status == "complete"
+    want = json.loads((tmp_path / "r" / "summary.json").read_text())
+    (tmp_path / "r" / "summary.json").write_text(json.dumps({**want, "status": "running", "final": {}}))
+    result = maxlm.train(cfg)
+    assert (result.status, result.final) == ("complete", want["final"])
+    assert maxlm.train(cfg).status == "already complete"
+
+
+def test_a_profile_is_written_when_the_run_ends_or_resumes_inside_its_window(tmp_path, store):
+    cfg = config(tmp_path, store, train={"steps": 3, "profile_steps": [2, 3]})
+    maxlm.train(cfg, callbacks=[lambda step, _: step == 2])
+    maxlm.train(cfg)
+    assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda rows: {**rows, "tokens": rows["tokens"][:4]}, r"tokens is \[4, 32\]"),
+        (lambda rows: {**rows, "targets": rows["targets"] + 257}, "model.vocab_size=257"),
+        (lambda rows: {**rows, "text": rows["tokens"]}, "text"),
+    ],
+)
+def test_a_data_function_that_gives_something_else_is_one_sentence(tmp_path, store, change, word):
+    rows = {"tokens": np.zeros((8, 32), np.int32), "targets": np.zeros((8, 32), np.int32)}
+    with pytest.raises(ValueError, match=word):
+        maxlm.train(config(tmp_path, store), data=lambda step: change(rows))
 
 
 def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
@@ -160,7 +192,7 @@ def test_what_may_change_does_not_stop_a_resume(one_run):
         store,
         train={"steps": 3, "grad_accum": 2, "remat": "none"},
         mesh={"data": 1, "fsdp": 4, "tensor": 1, "fake_devices": 4},
-        optim={"learning_rate": 1e-3, "ema": 0.9},
+        optim={"learning_rate": 1e-3, "ema": 0.9, "clip_norm": None, "weight_decay": 0.0},
         checkpoint={"every": 1},
     )
     result = maxlm.train(changed)
@@ -171,7 +203,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     cfg = config(tmp_path, store, optim={"learning_rate": 1e30, "clip_norm": None}, checkpoint={"every": 1})
     with pytest.raises(FloatingPointError, match=r"step \d.*learning_rate"):
         maxlm.train(cfg)
-    assert Checkpoints(f"{tmp_path}/r", CheckpointConfig()).latest() is not None
+    kept = Checkpoints(f"{tmp_path}/r", CheckpointConfig()).latest()
+    if kept is not None:  # what is kept is sound: nothing is saved before its loss is known
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(final_state(cfg, kept)["params"]))
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "diverged"
 
 
 def test_a_model_with_too_few_ids_for_the_store_is_refused(tmp_path, store):

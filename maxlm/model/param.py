@@ -43,7 +43,7 @@ def constant(dims: str, config: ModelConfig, value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=param_spec(dims)), dims=dims)
 
 
-def dims_of(state: Any, prefix: str = "") -> Any:
-    """The tree of dimension letters beside a tree of parameters; stacked ones gain `prefix` on the left."""
+def dims_of(state: Any) -> Any:
+    """The tree of dimension letters beside a tree of parameters, without the L of stacked ones."""
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree.map(lambda v: prefix + v.get_metadata()["dims"], state, is_leaf=is_variable)
+    return jax.tree.map(lambda v: v.get_metadata()["dims"], state, is_leaf=is_variable)

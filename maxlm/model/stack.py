@@ -78,8 +78,9 @@ def run_layers(
 
     def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, None]:
         weights = jax.tree.map(lambda v, d: v.replace(gather(v[...], d, x.dtype)), repeat, dims, is_leaf=_is_variable)
-        for block in nnx.merge(graphdef, weights).values():
-            x = block(x, positions_BT, segments_BT, kernel)
+        blocks = nnx.merge(graphdef, weights)
+        for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
+            x = blocks[str(i)](x, positions_BT, segments_BT, kernel)
         return x, None
 
     if remat != "none":

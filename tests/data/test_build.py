@@ -1,7 +1,6 @@
 import itertools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -243,12 +242,12 @@ def test_a_full_disk_leaves_the_old_store_whole(corpus, big, tmp_path):
     build_store([str(corpus)], out)
     before = files_of(out)
     program = (
-        "import sys\nfrom maxlm.data import build\nbuild.INLINE_BYTES = 0\n"
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from maxlm.data import build\nbuild.INLINE_BYTES = 0\n"
         "build.build_store([sys.argv[1]], sys.argv[2], overwrite=True)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, big, out],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
         capture_output=True,
         text=True,
         timeout=60,
