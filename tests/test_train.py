@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import MODEL
+from jax.experimental.compilation_cache import compilation_cache
 
 import maxlm
 from maxlm.checkpoint import Checkpoints
@@ -22,6 +23,18 @@ from maxlm.mesh import make_mesh
 from maxlm.step import build_program
 
 ROOT = Path(__file__).parent.parent
+CACHE: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of one shape compile once, as a user's second start does; off again for the modules that follow."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    CACHE["folder"] = str(tmp_path_factory.mktemp("xla"))
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def config(tmp_path, store, **sections):
         "model": {**MODEL, "vocab_size": 257},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2, "fake_devices": 8},
         "data": {"stores": [{"path": store}], "prefetch": 2, "read_threads": 2},
-        "train": {"steps": 6, "batch_size": 8, "seq_len": 32, "compilation_cache": None},
+        "train": {"steps": 6, "batch_size": 8, "seq_len": 32, "compilation_cache": CACHE["folder"]},
         "optim": {"learning_rate": 1e-2, "schedule": {"name": "constant"}, "ema": 0.9},
         "eval": {"every": 3, "batches": 2, "sample_tokens": 0},
         "checkpoint": {"every": 2},
