@@ -96,6 +96,8 @@ def _train(args: argparse.Namespace) -> int:
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 
     result = train(config)
+    if not result.primary:
+        return 0
     longer = _again(args, [f"train.steps={2 * result.step}"], ("train.steps", "train.tokens"))
     if result.status == "already complete":
         figures = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.final.items())

@@ -168,6 +168,9 @@ class StoreConfig(Section):
     tokenizer: str = Field(
         "byte", description="Tokenizer of such a build: byte, or the path of a tokenizer.json or SentencePiece .model."
     )
+    text_field: str = Field("text", description="Key or column of its .jsonl and .parquet files that holds the text.")
+    eos: str | None = Field(None, description="Token that ends its documents, if it has none of the usual names.")
+    bos: str | None = Field(None, description="Token that begins them; default: looked for by name. none: no such.")
     heldout: Fraction = Field(0.01, description="Share of documents that such a build keeps for evaluation.")
 
 

@@ -79,7 +79,12 @@ class Loop:
         ):
             while step < total and not stopped_by:
                 self._profile(step + 1, state)
-                state, fresh = self.program.step(state, next(batches))
+                try:
+                    batch = next(batches)
+                except Exception:
+                    self._rescue(state, step, late)
+                    raise
+                state, fresh = self.program.step(state, batch)
                 step += 1
                 # The metrics of the step before are read while this one runs: the devices never wait for the host.
                 # Where something waits for this step anyway it is read at once: what is saved is known to be finite.
@@ -146,6 +151,16 @@ class Loop:
             self.metrics.flush()  # no checkpoint is ahead of its metrics
         self.checkpoints.save(step, state)
         self._clock = time.perf_counter()
+
+    def _rescue(self, state: State, step: int, late: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Saves what is trained before an error of the data ends the run."""
+        if jax.process_count() > 1:  # the other hosts are waiting in the step, and cannot join in a save
+            return
+        if late:
+            self._report(*late)
+        if step and self.checkpoints.latest() != step:
+            self._save(state, step)
+        self.checkpoints.wait()
 
     def _agreed(self, step: int, wish: str | None) -> str | None:
         """What stops the run after this step. Many hosts ask each other now and then: all must leave at one step."""

@@ -41,12 +41,14 @@ class Result:
         step: finished steps.
         status: "complete", "stopped" (by a signal or a callback; running again resumes), or "already complete".
         final: train_loss and heldout_loss in nats per token, heldout_bits_per_byte of text.
+        primary: this process is the one of its hosts that writes and prints.
     """
 
     run_dir: str
     step: int
     status: str
     final: dict[str, float] = field(default_factory=dict)
+    primary: bool = True
 
 
 def train(
@@ -94,7 +96,7 @@ def train(
         done = checkpoints.latest() or 0
         before = folder.read_summary()
         if done >= config.train.num_steps and (before.get("status"), before.get("step")) == ("complete", done):
-            return Result(folder.path, done, "already complete", before["final"])
+            return Result(folder.path, done, "already complete", before["final"], folder.primary)
 
         # ---- step and state
         stack.enter_context(jax.set_mesh(mesh))
@@ -121,8 +123,8 @@ def train(
         # ---- evaluation, sample, report
         if stopped_by:
             finish.stopped(step, stopped_by)
-            return Result(folder.path, step, "stopped")
-        return Result(folder.path, step, "complete", finish.complete(state, step))
+            return Result(folder.path, step, "stopped", primary=folder.primary)
+        return Result(folder.path, step, "complete", finish.complete(state, step), folder.primary)
 
 
 def _progress(config: Config, folder: RunFolder, facts: dict[str, Any], first: int) -> Progress:

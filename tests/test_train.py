@@ -155,6 +155,20 @@ def test_a_data_function_that_gives_something_else_is_one_sentence(tmp_path, sto
         maxlm.train(config(tmp_path, store), data=lambda step: change(rows))
 
 
+def test_data_that_cannot_be_read_any_more_loses_no_step(tmp_path, store):
+    rows = {"tokens": np.zeros((8, 32), np.int32), "targets": np.zeros((8, 32), np.int32)}
+
+    def data(step):
+        if step == 3:
+            raise OSError("the disk with the text is gone")
+        return rows
+
+    with pytest.raises(OSError, match="gone"):
+        maxlm.train(config(tmp_path, store, checkpoint={"every": 100}), data=data)
+    assert Checkpoints(f"{tmp_path}/r", CheckpointConfig()).latest() == 3
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "failed"
+
+
 def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
     base = config(tmp_path, store, checkpoint={"every": 2, "keep_last": 9})
     maxlm.train(base)

@@ -104,7 +104,16 @@ def ensure_stores(data: DataConfig, progress: Progress | None = None) -> None:
     """
     for store in data.stores:
         if store.text and not is_complete(store.path):
-            build_store(store.text, store.path, store.tokenizer, heldout=store.heldout, progress=progress)
+            build_store(
+                store.text,
+                store.path,
+                store.tokenizer,
+                heldout=store.heldout,
+                text_field=store.text_field,
+                eos=store.eos,
+                bos=store.bos,
+                progress=progress,
+            )
 
 
 @dataclass

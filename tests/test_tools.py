@@ -1,0 +1,44 @@
+"""The programs under tools/ in their short forms: that they run and print figures, not how fast this machine is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def figures(*command):
+    """What a program prints with --json. Exit code 1 says that a wanted speed was missed, which is no matter here."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("JAX_")}
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command, "--json"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_bench_loader():
+    result = figures("tools/bench_loader.py", "--megabytes", "8", "--steps", "8", "--batch-size", "8")
+    assert result["tokens_per_cpu_s"] > 0
+    assert result["tokens"] == 8 * 8 * 2048
+
+
+@pytest.mark.slow
+def test_bench_build(tmp_path):
+    (tmp_path / "a.txt").write_text(Path(__file__).read_text() * 50)
+    result = figures("tools/bench_build.py", "--text", str(tmp_path), "--repeat", "1", "--rounds", "1")
+    assert result["ratio_to_encode_batch"] > 0
+
+
+@pytest.mark.slow
+def test_bench_start(tmp_path):
+    (tmp_path / "a.txt").write_text(Path(__file__).read_text() * 20)
+    store = {"path": str(tmp_path / "store"), "text": [str(tmp_path / "a.txt")]}
+    small = ["model.num_layers=1", "train.batch_size=8", f"data.stores={json.dumps([store])}"]
+    result = figures("tools/bench_start.py", "configs/quickstart.yaml", *small, "--rounds", "1")
+    assert result["times_s"]["first"][0] > result["times_s"]["second"][0] > 0
