@@ -27,7 +27,16 @@ class RunConfig(Section):
     """Where a run lives and what it is called."""
 
     name: str = Field("run", description="Name of the run; its folder is root/name.", pattern=r"^[A-Za-z0-9][\w.\-]*$")
-    root: str = Field("runs", description="Folder or bucket (gs://, s3://) that holds runs.")
+    root: str = Field("runs", description="Folder or gs:// bucket that holds runs.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.root.startswith("s3://"):
+            raise ValueError(
+                f"root={self.root}: Orbax cannot write checkpoints to s3://; use a folder or gs:// "
+                "(token stores may stay in s3://)"
+            )
+        return self
 
 
 class ModelConfig(Section):

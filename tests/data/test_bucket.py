@@ -5,10 +5,10 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from gcs import gcs_bucket
 
 from maxlm import storage
 from maxlm.config import DataConfig, TrainConfig
@@ -16,89 +16,6 @@ from maxlm.data.build import build_store
 from maxlm.data.loader import Loader
 from maxlm.data.sources import DataError
 from maxlm.data.store import SPLITS, TokenStore
-
-
-class GcsHandler(BaseHTTPRequestHandler):
-    """Google Cloud Storage's JSON API for one bucket, as far as objects are put, read, listed and deleted."""
-
-    protocol_version = "HTTP/1.1"
-    objects: dict[str, tuple[bytes, int]] = {}
-    page_size = 2
-
-    def log_message(self, format, *args):
-        pass
-
-    def do_GET(self):
-        name, query = self._object()
-        if name is None:
-            self._list(query)
-        elif name not in self.objects:
-            self._answer(404, b"Not Found")
-        elif query.get("alt") != "media":
-            self._answer(200, json.dumps(self._metadata(name)).encode())
-        else:
-            data, generation = self.objects[name]
-            headers = {"x-goog-generation": str(generation), "content-type": "application/octet-stream"}
-            if (wanted := self.headers.get("range")) is None:
-                return self._answer(200, data, headers)
-            first, last = wanted.removeprefix("bytes=").split("-")
-            start = int(first) if first else len(data) - int(last)
-            stop = min(int(last) + 1, len(data)) if first and last else len(data)
-            if start >= len(data):
-                return self._answer(416, b"", {"content-range": f"bytes */{len(data)}"})
-            headers["content-range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-            self._answer(206, data[start:stop], headers)
-
-    def do_POST(self):
-        _, query = self._object("/upload")
-        data = self.rfile.read(int(self.headers["content-length"]))
-        name = query["name"]
-        self.objects[name] = data, self.objects.get(name, (b"", 0))[1] + 1
-        self._answer(200, json.dumps(self._metadata(name)).encode())
-
-    def do_DELETE(self):
-        name, _ = self._object()
-        self._answer(204 if self.objects.pop(name or "", None) else 404, b"")
-
-    def _list(self, query):
-        low, high, token = (query.get(key, "") for key in ("startOffset", "endOffset", "pageToken"))
-        names = sorted(n for n in self.objects if max(low, token) <= n and (not high or n < high))
-        page = {"kind": "storage#objects", "items": [self._metadata(name) for name in names[: self.page_size]]}
-        if names[self.page_size :]:
-            page["nextPageToken"] = names[self.page_size]
-        self._answer(200, json.dumps(page).encode())
-
-    def _metadata(self, name):
-        data, generation = self.objects[name]
-        times = dict.fromkeys(("timeCreated", "updated"), "2024-01-01T00:00:00.000Z")
-        return {"name": name, "size": str(len(data)), "generation": str(generation), "metageneration": "1", **times}
-
-    def _object(self, prefix=""):
-        """Object name (None for the bucket itself) and query of a request; refuses what the real server would."""
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        bucket, _, name = url.path.removeprefix(f"{prefix}/storage/v1/b/").partition("/o")
-        if self.headers["authorization"] != "Bearer secret":
-            self._answer(401, b"Unauthorized")
-            raise ConnectionAbortedError("no credentials")
-        if bucket != "some-bucket":
-            self.rfile.read(int(self.headers["content-length"] or 0))
-            self._answer(404, b"The specified bucket does not exist")
-            raise ConnectionAbortedError("no such bucket")
-        return urllib.parse.unquote(name[1:]) or None, query
-
-    def handle_one_request(self):
-        try:
-            super().handle_one_request()
-        except ConnectionAbortedError:
-            self.close_connection = True
-
-    def _answer(self, status, data, headers=None):
-        self.send_response(status)
-        for key, value in {**(headers or {}), "content-length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(data)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +38,9 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gs() -> Iterator[str]:
-    """An empty bucket of the server above."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), GcsHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
-    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "secret")
-    yield "gs://some-bucket"
-    patch.undo()
-    server.shutdown()
-    server.server_close()
+    """An empty bucket of tests/gcs.py."""
+    with gcs_bucket() as url:
+        yield url
 
 
 @pytest.fixture(params=["s3", "gs"])
