@@ -1,6 +1,7 @@
 """Sharded, asynchronous checkpoints through Orbax, restored onto whatever mesh asks for them."""
 
 import os
+import re
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class Checkpoints:
             StorageError: the folder cannot be used.
         """
         self.path = storage.join(run_dir, "checkpoints")
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else config.keep_last,
             keep_period=None if read_only else config.keep_every,
@@ -66,11 +68,12 @@ class Checkpoints:
         Raises:
             CheckpointError: this save, or an earlier one in the background, failed.
         """
+        self.wait()
+        self._saving = step
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
-            self._manager.check_for_errors()
         except Exception as error:
-            raise CheckpointError(self._failed(f"saving step {step}", error)) from error
+            raise self._failed(error) from error
 
     def restore(self, step: int, shapes: Any) -> Any:
         """Reads a step into arrays of the given shapes, dtypes and shardings.
@@ -115,20 +118,22 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise CheckpointError(self._failed("saving in the background", error)) from error
+            raise self._failed(error) from error
 
     def close(self) -> None:
         """Ends the background work. Call wait first, to hear of failures."""
         self._manager.close()
 
-    def _failed(self, what: str, error: Exception) -> str:
+    def _failed(self, error: Exception) -> CheckpointError:
         steps = self.steps()
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        return f"{what} in {self.path} failed: {_brief(error)}; {kept}"
+        return CheckpointError(f"saving step {self._saving} in {self.path} failed: {_brief(error)}; {kept}")
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    system = re.search(r"([^:]+) \[os_error_code=", text)  # tensorstore quotes every layer that the error went through
+    return system[1].strip() if system else text[:300]
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

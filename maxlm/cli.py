@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -95,6 +96,8 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 
+    for name in ("absl", "asyncio"):  # Orbax logs whole tracebacks of the errors that it raises as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     result = train(config)
     if not result.primary:
         return 0

@@ -87,7 +87,13 @@ class RunFolder:
             ConfigError: names each field that differs, with both values.
         """
         if self.exists:
-            there = json.loads(storage.read_bytes(self.file("identity.json")))
+            try:
+                there = json.loads(storage.read_bytes(self.file("identity.json")))
+            except ValueError:
+                raise ConfigError(
+                    f"{self.file('identity.json')} is damaged, so nothing says whether this is the same run; "
+                    f"use another run.name, with train.start_from={self.path} to go on from its checkpoints"
+                ) from None
             changes = _changes(there, json.loads(json.dumps(wanted)))
             if changes:
                 raise ConfigError(
@@ -111,9 +117,11 @@ class RunFolder:
         storage.write_bytes(self.file("summary.json"), json.dumps(summary, indent=1).encode())
 
     def read_summary(self) -> dict[str, Any]:
-        """summary.json, or {} when there is none."""
-        path = self.file("summary.json")
-        return json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+        """summary.json, or {} when there is none or it is damaged: the next start writes it anew."""
+        try:
+            return json.loads(storage.read_bytes(self.file("summary.json")))
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def _take_lock(self) -> None:
         try:

@@ -104,7 +104,7 @@ class GcsHandler(BaseHTTPRequestHandler):
         names = sorted(
             n for n in self.objects if max(low, token) <= n and (not high or n < high) and n.startswith(start)
         )
-        page = {"kind": "storage#objects"}
+        page: dict[str, object] = {"kind": "storage#objects"}
         size = int(query.get("maxResults", self.page_size))
         if names[size:]:
             page["nextPageToken"] = names[size]

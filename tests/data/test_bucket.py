@@ -1,7 +1,5 @@
 """Stores in buckets, against servers that speak the clouds' protocols on this machine."""
 
-import json
-import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
