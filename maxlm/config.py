@@ -142,11 +142,22 @@ class ModelConfig(Section):
 
 
 class MeshConfig(Section):
-    """How many devices each mesh axis has. At most one axis may be -1: it takes what is left."""
+    """How many devices each mesh axis has. At most one axis may be -1: it takes what is left of a slice."""
 
+    slices: Positive = Field(
+        1, description="Slices joined by the data-centre network; each holds all axes, and they are replicas."
+    )
     data: int = Field(1, description="Replicas of the weights, in devices.")
+    stage: int = Field(1, description="Pipeline stages: devices that hold different layers.")
     fsdp: int = Field(-1, description="Devices that share one copy of the weights; -1 fills what is left.")
+    expert: int = Field(1, description="Devices that hold different experts, and different sequences elsewhere.")
+    context: int = Field(1, description="Devices that split each sequence.")
     tensor: int = Field(1, description="Devices that split heads, MLP width and vocabulary.")
+    context_attention: Literal["ring", "gather"] = Field(
+        "ring",
+        description="How queries meet keys of other context shards: keys travel around a ring (less memory), or are "
+        "gathered (fewer, larger messages).",
+    )
     fake_devices: Positive | None = Field(
         None, description="Run on this many fake CPU devices, to try a mesh without an accelerator."
     )
@@ -162,7 +173,8 @@ class MeshConfig(Section):
         return self
 
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+"""Mesh axes of a slice, outermost first: what talks most sits innermost."""
 
 
 class StoreConfig(Section):

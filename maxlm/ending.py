@@ -13,6 +13,7 @@ from maxlm.data.loader import Loader
 from maxlm.feed import DataSource
 from maxlm.hardware import detect
 from maxlm.loop import Loop
+from maxlm.mesh import mesh_text
 from maxlm.metrics import read_metrics
 from maxlm.progress import summary_table
 from maxlm.run_folder import RunFolder
@@ -57,7 +58,7 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
     """Prints the summary with which a run starts."""
     config, train = loop.config, loop.config.train
     tokens = (train.num_steps - first) * train.tokens_per_step
-    mesh = " x ".join(f"{name} {size}" for name, size in run_facts["mesh"].items())
+    mesh = mesh_text(run_facts["mesh"])
     chunks = f" in {train.grad_accum} microbatches" if train.grad_accum > 1 else ""
     rows = {
         "run": f"{folder.path}" + (f", continued after step {first}" if first else ""),

@@ -48,14 +48,14 @@ def start_devices(config: MeshConfig) -> list[Any]:
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the logical axes with -1 filled in.
+    """Sizes of the logical axes, "slice" first, with -1 filled in.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    sizes = {name: getattr(config, name) for name in AXES}
+    sizes = {"slice": config.slices, **{name: getattr(config, name) for name in AXES}}
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    text = mesh_text(sizes)
     free = [name for name, size in sizes.items() if size == -1]
     if num_devices % fixed or (not free and fixed != num_devices):
         raise ConfigError(
@@ -65,8 +65,13 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
 
 
+def mesh_text(sizes: dict[str, int]) -> str:
+    """Axes that are not of size one, such as "data 2 x fsdp 4"."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "of 1 device"
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any], torus: Sequence[int] | None = None) -> Mesh:
-    """Lays the logical axes (data, fsdp, tensor) over devices, tensor innermost.
+    """Lays the logical axes over devices: slice outermost, then config.AXES, tensor innermost.
 
     A reduce-scatter over a whole multi-dimensional TPU slice compiles to a full all-reduce, one over a single
     torus dimension does not. So fsdp becomes one mesh axis per torus dimension it spans (fsdp0, fsdp1, ...),
@@ -75,16 +80,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any], torus: Sequence[int] |
 
     Args:
         config: axis sizes, at most one of them -1.
-        devices: the devices; TPU devices are put in order of their torus coordinates.
+        devices: the devices; TPU devices are put in order of their slice and torus coordinates.
         torus: sizes of the torus dimensions; default: read from the devices' coordinates.
 
     Returns:
-        A Mesh whose axes are all Explicit.
+        A Mesh whose axes are all Explicit. Of the axes of size one only data, fsdp and tensor are kept.
 
     Raises:
-        ConfigError: the sizes do not fit the number of devices.
+        ConfigError: the sizes do not fit the devices or their slices.
     """
     sizes = axis_sizes(config, len(devices))
+    num_slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if num_slices > 1 and num_slices != config.slices:
+        raise ConfigError(f"mesh.slices={config.slices}, but the devices are in {num_slices} slices; set mesh.slices")
     if torus is None:
         devices, torus = _torus_order(devices)
     names: list[str] = []
@@ -92,6 +100,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any], torus: Sequence[int] |
     inner = len(devices)
     for name, size in sizes.items():
         inner //= size
+        if size == 1 and name not in ("data", "fsdp", "tensor"):
+            continue
         parts = _cut(size, inner, torus) if name == "fsdp" else [size]
         names += [f"{name}{i}" for i in range(len(parts))] if len(parts) > 1 else [name]
         shape += parts
@@ -111,7 +121,6 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     model, train = config.model, config.train
     for field, value, axis in (
         ("model.num_heads", model.num_heads, "tensor"),
-        ("model.num_kv_heads", model.kv_heads, "tensor"),
         ("model.d_ff", model.d_ff, "tensor"),
         ("model.vocab_size, padded to vocab_multiple,", model.padded_vocab, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
@@ -121,12 +130,25 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
                 f"{field}={value} is not divisible by mesh.{axis}={sizes[axis]}; "
                 f"use mesh.{axis}={_fitting(value, sizes[axis])} or change {field}"
             )
-    rows, shards = train.batch_size // train.grad_accum, sizes["data"] * sizes["fsdp"]
+    heads, kv_heads = sizes["tensor"], model.kv_heads
+    if kv_heads % heads and model.num_heads % math.lcm(heads, kv_heads):
+        raise ConfigError(
+            f"mesh.tensor={heads} can neither split nor repeat model.num_kv_heads={kv_heads} for "
+            f"model.num_heads={model.num_heads}; use mesh.tensor={_fitting(kv_heads, heads)}"
+        )
+    rows = train.batch_size // train.grad_accum
+    shards = math.prod(sizes[axis] for axis in ("slice", "data", "fsdp", "expert"))
     if rows % shards:
         raise ConfigError(
             f"train.batch_size={train.batch_size} in {train.grad_accum} microbatches gives {rows} sequences, which do "
-            f"not divide over data x fsdp = {shards} devices; use train.batch_size="
+            f"not divide over slices x data x fsdp x expert = {shards} devices; use train.batch_size="
             f"{max(1, round(rows / shards)) * shards * train.grad_accum}"
+        )
+    parts = sizes["context"] * sizes["stage"] * (2 if sizes["context"] > 1 else 1)
+    if train.seq_len % parts:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len} does not divide into {parts} parts (context {sizes['context']}, in halves, "
+            f"x stage {sizes['stage']}); use train.seq_len={max(1, round(train.seq_len / parts)) * parts}"
         )
 
 

@@ -1,20 +1,23 @@
 """Sharding as two tables, one for parameters at rest and one for activations.
 
-Keys are the dimension letters of DESIGN (B batch, T length, D model, N query heads, K key/value heads, G query
-heads per key/value head, H head size, F feed-forward, V vocabulary, L layers, M microbatches); values are logical
-mesh axes. A logical axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left out.
+Keys are the dimension letters of DESIGN (B batch, T length, S key length, D model, N query heads, K key/value heads, G
+query heads per key/value head, J key/value heads too few to split, H head size, F feed-forward, E experts, V
+vocabulary, L layers, R rounds and P stages of a pipeline, M microbatches); values are logical mesh axes. A logical
+axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left out.
 
 Weights are float32 and sharded at rest. `gather` brings one into a layer: cast, then all-gathered over fsdp, with a
-type that names data and fsdp as *reduced*, so that its gradient comes out unreduced over them and meets exactly one
-reduce-scatter. `enter_step` and `leave_step` stand around all loops of a step: there the all-reduce over data happens,
-once.
+type that names fsdp and the axes of replicas as *reduced*, so that its gradient comes out unreduced over them and meets
+exactly one reduce-scatter. `enter_step` and `leave_step` stand around all loops of a step: there the all-reduce over
+replicas happens, once.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 Axes = str | tuple[str, ...] | None
@@ -25,20 +28,25 @@ PARAM: dict[str, Axes] = {
     "N": "tensor",
     "K": "tensor",
     "H": None,
+    "J": None,
     "F": "tensor",
+    "E": "expert",
     "L": None,
+    "R": None,
+    "P": "stage",
     "T": None,
 }
 """Where parameters rest. T is the rows of a learned position table."""
 
 COMPUTE: dict[str, Axes] = {
     "M": None,
-    "B": ("data", "fsdp"),
-    "T": None,
+    "B": ("slice", "data", "fsdp", "expert"),
+    "T": "context",
     "S": None,
     "D": None,
     "N": "tensor",
     "K": "tensor",
+    "J": None,
     "G": None,
     "H": None,
     "F": "tensor",
@@ -46,11 +54,24 @@ COMPUTE: dict[str, Axes] = {
 }
 """Where activations, and weights in use, live."""
 
+REPLICAS = ("context", "expert", "data", "slice")
+"""Axes over which a weight that is not split over them is a replica: its gradient is summed there once a step."""
+
 
 def mesh_axes(logical: str) -> tuple[str, ...]:
-    """Mesh axes of the current mesh, larger than one, that carry a logical axis, outermost first."""
+    """Mesh axes of the current mesh, larger than one, that carry a logical axis, outermost first.
+
+    Inside a shard_map its manual axes are left out: types do not speak of them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(n for n in mesh.axis_names if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
+    explicit = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+    return tuple(n for n in explicit if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
+
+
+def replica_axes(dims: str) -> tuple[str, ...]:
+    """Mesh axes over which a parameter is replicated, fastest network first."""
+    own = {axis for letter in dims for axis in _logical(PARAM[letter])}
+    return tuple(n for axis in REPLICAS if axis not in own for n in mesh_axes(axis))
 
 
 def spec(dims: str, table: dict[str, Axes], **kinds: Any) -> P:
@@ -116,6 +137,21 @@ def share(w: jax.Array, dims: str) -> jax.Array:
     return jax.reshard(w, P(*kept, reduced=_reduced(w) | axes))
 
 
+def heads_letter(num_kv_heads: int) -> str:
+    """K where key/value heads divide over the tensor axis, J where they are too few and each device has them all."""
+    return "J" if num_kv_heads % _size("tensor") else "K"
+
+
+def repeat_heads(x_BTJH: jax.Array) -> jax.Array:
+    """Repeats key/value heads until they divide over the tensor axis: [B, T, J, H] -> [B, T, K, H].
+
+    Query head n uses head n // (N / K) before and after, so each device keeps the heads that its queries use.
+    """
+    num_heads = x_BTJH.shape[2]
+    x = jnp.repeat(x_BTJH, math.lcm(num_heads, _size("tensor")) // num_heads, axis=2)
+    return constrain(x, "BTKH")
+
+
 def enter_step(params: Any, dims: Any, dtype: Any, gather_now: bool) -> Any:
     """Prepares parameters for all microbatches of a step.
 
@@ -126,24 +162,29 @@ def enter_step(params: Any, dims: Any, dtype: Any, gather_now: bool) -> Any:
         gather_now: gather every weight here, once, instead of layer by layer.
 
     Returns:
-        The same values; differentiating by them gives gradients that are not yet summed over data
+        The same values; differentiating by them gives gradients that are not yet summed over replicas
         (and, when gathered, over fsdp): pass those to leave_step.
     """
 
     def enter(w: jax.Array, d: str) -> jax.Array:
-        data = mesh_axes("data")
-        if data:
-            w = jax.reshard(w, spec(d, PARAM, reduced=frozenset(data)))
+        if replicas := replica_axes(d):
+            w = jax.reshard(w, spec(d, PARAM, reduced=frozenset(replicas)))
         return gather(w, d, dtype) if gather_now else w
 
     return jax.tree.map(enter, params, dims)
 
 
 def leave_step(grads: Any, dims: Any) -> Any:
-    """Sums gradients of enter_step's result over data and fsdp, and lays them out like the parameters."""
+    """Sums gradients of enter_step's result over fsdp and replicas, and lays them out like the parameters.
+
+    Over several slices the slow network comes last, alone: it carries what a slice has summed and scattered.
+    """
 
     def leave(g: jax.Array, d: str) -> jax.Array:
-        return jax.reshard(_reduce_scatter(g, d), param_spec(d))
+        g = _reduce_scatter(g, d)
+        if slices := frozenset(mesh_axes("slice")) & jax.typeof(g).sharding.spec.unreduced:
+            g = jax.reshard(g, spec(d, PARAM, unreduced=slices))
+        return jax.reshard(g, param_spec(d))
 
     return jax.tree.map(leave, grads, dims)
 
@@ -153,6 +194,11 @@ def zeros_like_gradient(w: jax.Array) -> jax.Array:
     spec_w = jax.typeof(w).sharding.spec
     zeros = jnp.zeros(w.shape, jnp.float32, out_sharding=P(*spec_w.partitions))
     return jax.reshard(zeros, P(*spec_w.partitions, unreduced=spec_w.reduced)) if spec_w.reduced else zeros
+
+
+def _size(logical: str) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[n] for n in mesh_axes(logical))
 
 
 def _logical(axes: Axes) -> tuple[str, ...]:

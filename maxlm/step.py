@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,6 +23,7 @@ from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import run_layers
 from maxlm.model.transformer import Transformer
+from maxlm.parallel.context import context_attention, zigzag_order
 from maxlm.schedule import make_schedule
 from maxlm.sharding import compute_spec, enter_step, leave_step, zeros_like_gradient
 
@@ -91,9 +93,9 @@ class Program:
 
     @cached_property
     def batch_sharding(self) -> NamedSharding:
-        """Sequences over data and fsdp."""
+        """Whole sequences over data and fsdp: in the step each context shard takes its tokens."""
         with jax.set_mesh(self.mesh):
-            return NamedSharding(self.mesh, compute_spec("MBT"))
+            return NamedSharding(self.mesh, compute_spec("MBS"))
 
     # ---- what is compiled
 
@@ -130,7 +132,31 @@ class Program:
 
     def logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V] of rows [B, T], or [B, 1, V] of position `at` alone."""
-        stack = partial(run_layers, kernel=attention, remat=self.config.train.remat)
+        if self._order is None:
+            return self._logits(params, rows, at)
+        back = jnp.asarray(np.argsort(self._order))
+        if at is not None:
+            return self._logits(params, self._arrange(rows, "BS"), back[at])
+        logits_BTV = self._logits(params, self._arrange(rows, "BS"))
+        return jax.reshard(logits_BTV, compute_spec("BSV"))[:, back]
+
+    @cached_property
+    def _order(self) -> np.ndarray | None:
+        """Place in the row of each token, in the order in which context shards hold them; None is as it comes."""
+        count = self.mesh.shape.get("context", 1)
+        return None if count == 1 else zigzag_order(self.config.train.seq_len, count)
+
+    def _arrange(self, batch: Batch, dims: str) -> Batch:
+        """Gives each context shard its tokens, without any communication. Args: dims: "MBS" or "BS"."""
+        if self._order is None:
+            return batch
+        spec = compute_spec(dims.replace("S", "T"))
+        return {key: jax.reshard(x[..., self._order], spec) for key, x in batch.items()}
+
+    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
+        kind = self.config.mesh.context_attention
+        kernel = attention if self._order is None else partial(context_attention, kind)
+        stack = partial(run_layers, kernel=kernel, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
             return nnx.merge(self.graph, params)(rows["tokens"], rows["positions"], rows["segments"], stack, at)
@@ -155,7 +181,7 @@ class Program:
 
     def _grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
-        train = self.config.train
+        train, batch = self.config.train, self._arrange(batch, "MBS")
         held = enter_step(params, self.dims, jnp.dtype(self.config.model.dtype), train.gather == "step")
         value_and_grad = jax.value_and_grad(self._loss_sum, has_aux=True)
 
@@ -177,7 +203,7 @@ class Program:
         return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = self.logits(params, rows)
+        logits_BTV = self._logits(params, rows)
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
         if self.token_loss is None:
@@ -187,11 +213,11 @@ class Program:
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            logits_BTV = self.logits(params, rows)
+            logits_BTV = self._logits(params, rows)
             loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 
-        return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), batch)[0]
+        return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), self._arrange(batch, "MBS"))[0]
 
 
 def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = None) -> Program:

@@ -1,12 +1,13 @@
 """Small runs for tests: every dimension has another size, so that a swapped one shows."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config import Config, MeshConfig
+from maxlm.config import AXES, Config, MeshConfig
 from maxlm.config_file import parse_config
 from maxlm.mesh import make_mesh
 from maxlm.step import Program, build_program
@@ -40,7 +41,8 @@ def small_config(**sections: dict[str, Any]) -> Config:
 def program_on(config: Config, torus: tuple[int, ...] | None = None, **mesh: int) -> Program:
     """The config's program on fake CPU devices, such as program_on(c, data=2, fsdp=2, tensor=2)."""
     sizes = MeshConfig(**{"fsdp": 1, **mesh})
-    count = sizes.data * sizes.fsdp * sizes.tensor
+    count = sizes.slices * math.prod(getattr(sizes, axis) for axis in AXES)
+    config = config.model_copy(update={"mesh": sizes})
     return build_program(config, make_mesh(sizes, jax.devices()[:count], torus))
 
 

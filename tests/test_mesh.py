@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import jax
 import pytest
-from helpers import small_config
+from helpers import MODEL, small_config
 
-from maxlm.config import MeshConfig
+from maxlm.config import AXES, MeshConfig
 from maxlm.config_file import ConfigError
 from maxlm.mesh import axis_sizes, check_fit, make_mesh
 
@@ -27,7 +27,8 @@ def torus(*shape):
 
 
 def test_minus_one_fills_what_is_left():
-    assert axis_sizes(MeshConfig(data=2, fsdp=-1, tensor=2), 16) == {"data": 2, "fsdp": 4, "tensor": 2}
+    sizes = axis_sizes(MeshConfig(slices=2, stage=2, fsdp=-1, tensor=2), 16)
+    assert sizes == {"slice": 2, "data": 1, "stage": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,12 @@ def test_devices_without_coordinates_are_one_dimension():
     ("sections", "sizes", "words"),
     [
         ({}, {"tensor": 4}, ["model.num_heads=6", "mesh.tensor=4", "mesh.tensor=3"]),
-        ({}, {"tensor": 3}, ["model.num_kv_heads=2", "mesh.tensor=2"]),
+        (
+            {"model": {**MODEL, "num_kv_heads": 6}},
+            {"tensor": 4},
+            ["model.num_heads=6", "mesh.tensor=3"],
+        ),
+        ({"train": {"seq_len": 18}}, {"context": 2, "stage": 2}, ["train.seq_len=18", "train.seq_len=16"]),
         ({}, {"fsdp": 8}, ["model.d_model=20", "mesh.fsdp=5"]),
         ({"train": {"batch_size": 6}}, {"data": 2, "fsdp": 2}, ["train.batch_size=6", "train.batch_size=8"]),
         ({"train": {"grad_accum": 4}}, {"fsdp": 4}, ["4 microbatches", "train.batch_size=16"]),
@@ -86,6 +92,6 @@ def test_devices_without_coordinates_are_one_dimension():
 )
 def test_model_and_batch_must_divide_over_the_mesh(sections, sizes, words):
     with pytest.raises(ConfigError) as caught:
-        check_fit(small_config(**sections), {"data": 1, "fsdp": 1, "tensor": 1, **sizes})
+        check_fit(small_config(**sections), {"slice": 1, **dict.fromkeys(AXES, 1), **sizes})
     for word in words:
         assert word in str(caught.value)

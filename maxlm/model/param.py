@@ -16,6 +16,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "D": config.d_model,
         "N": config.num_heads,
         "K": config.kv_heads,
+        "J": config.kv_heads,
         "H": config.head_size,
         "F": config.d_ff,
         "V": config.padded_vocab,
