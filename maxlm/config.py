@@ -109,6 +109,11 @@ class ModelConfig(Section):
         return self.head_dim or self.d_model // self.num_heads
 
     @property
+    def num_repeats(self) -> int:
+        """Repeats of the layer pattern."""
+        return self.num_layers // len(self.layer_pattern)
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding table, padding included."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
@@ -149,6 +154,12 @@ class MeshConfig(Section):
     )
     data: int = Field(1, description="Replicas of the weights, in devices.")
     stage: int = Field(1, description="Pipeline stages: devices that hold different layers.")
+    rounds: Positive = Field(
+        1, description="Shares of layers per stage; each microbatch passes the stages this often, with less idling."
+    )
+    pipeline: Literal["1f1b", "gpipe"] = Field(
+        "1f1b", description="Pipeline schedule; 1f1b keeps the same few microbatches however many there are."
+    )
     fsdp: int = Field(-1, description="Devices that share one copy of the weights; -1 fills what is left.")
     expert: int = Field(1, description="Devices that hold different experts, and different sequences elsewhere.")
     context: int = Field(1, description="Devices that split each sequence.")

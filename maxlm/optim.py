@@ -154,7 +154,7 @@ def _matrix_axes(dims: str) -> MuonDimensionNumbers | None:
     A matrix maps the residual stream D to heads or features, or back. What has vocabulary or position rows is a
     table, whose rows get gradients one by one; what has no D and another dim is a bias or a norm.
     """
-    rest = [i for i, letter in enumerate(dims) if letter not in "LE"]
+    rest = [i for i, letter in enumerate(dims) if letter not in "LRPE"]
     letters = [dims[i] for i in rest]
     if "D" not in letters or len(rest) < 2 or not {"V", "T"}.isdisjoint(letters):
         return None

@@ -1,6 +1,6 @@
 """Sharding as two tables, one for parameters at rest and one for activations.
 
-Keys are the dimension letters of DESIGN (B batch, T length, S key length, D model, N query heads, K key/value heads, G
+Keys are the dimension letters of DESIGN (B batch, T length, S key length, U length where a pipeline's input waits, D model, N query heads, K key/value heads, G
 query heads per key/value head, J key/value heads too few to split, H head size, F feed-forward, E experts, V
 vocabulary, L layers, R rounds and P stages of a pipeline, M microbatches); values are logical mesh axes. A logical
 axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left out.
@@ -42,6 +42,7 @@ COMPUTE: dict[str, Axes] = {
     "M": None,
     "B": ("slice", "data", "fsdp", "expert"),
     "T": "context",
+    "U": ("context", "stage"),
     "S": None,
     "D": None,
     "N": "tensor",
@@ -54,7 +55,7 @@ COMPUTE: dict[str, Axes] = {
 }
 """Where activations, and weights in use, live."""
 
-REPLICAS = ("context", "expert", "data", "slice")
+REPLICAS = ("stage", "context", "expert", "data", "slice")
 """Axes over which a weight that is not split over them is a replica: its gradient is summed there once a step."""
 
 

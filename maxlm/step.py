@@ -20,12 +20,15 @@ from maxlm import optim
 from maxlm.config import Config
 from maxlm.kernels.attention import attention
 from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
+from maxlm.model.attention import AttentionKernel
 from maxlm.model.param import dims_of
-from maxlm.model.stack import run_layers
+from maxlm.model.stack import LEADING_DIMS, run_layers, run_repeat
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
+from maxlm.parallel.pipeline import Pipeline
+from maxlm.parallel.schedule import pipeline_schedule
 from maxlm.schedule import make_schedule
-from maxlm.sharding import compute_spec, enter_step, leave_step, zeros_like_gradient
+from maxlm.sharding import compute_spec, constrain, enter_step, leave_step, zeros_like_gradient
 
 State = dict[str, Any]
 BATCH_DTYPES = {
@@ -48,6 +51,7 @@ class Program:
         graph: the model's structure, without parameters.
         dims: dimension letters of every parameter, as the tree of parameters; stacked layers lead with L.
         optimizer: the optax chain.
+        stack_shape: leading dims (R, P, K) of the layers' parameters in a pipeline; None without one.
     """
 
     config: Config
@@ -56,6 +60,7 @@ class Program:
     graph: Any
     dims: Any
     optimizer: optax.GradientTransformation
+    stack_shape: tuple[int, ...] | None
 
     # ---- shapes and places
 
@@ -154,15 +159,13 @@ class Program:
         return {key: jax.reshard(x[..., self._order], spec) for key, x in batch.items()}
 
     def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
-        kind = self.config.mesh.context_attention
-        kernel = attention if self._order is None else partial(context_attention, kind)
-        stack = partial(run_layers, kernel=kernel, remat=self.config.train.remat)
+        stack = partial(run_layers, kernel=self._kernel, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
             return nnx.merge(self.graph, params)(rows["tokens"], rows["positions"], rows["segments"], stack, at)
 
     def _init(self, key: jax.Array) -> State:
-        params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model))[1])
+        params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model, self.stack_shape))[1])
         state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": self.optimizer.init(params)}
         if self.config.optim.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
@@ -181,8 +184,17 @@ class Program:
 
     def _grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
-        train, batch = self.config.train, self._arrange(batch, "MBS")
-        held = enter_step(params, self.dims, jnp.dtype(self.config.model.dtype), train.gather == "step")
+        batch = self._arrange(batch, "MBS")
+        grads, sums = (self._plain_grads if self._num_stages == 1 else self._pipeline_grads)(params, batch)
+        targets = sums.pop("targets")
+        count = jnp.maximum(targets, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
+
+    def _plain_grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """Gradients of the summed objective, laid out like the parameters, and the sums."""
+        train = self.config.train
+        held = enter_step(params, self.dims, self._dtype, train.gather == "step")
         value_and_grad = jax.value_and_grad(self._loss_sum, has_aux=True)
 
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
@@ -197,13 +209,75 @@ class Program:
             names = ["loss", "targets"] + ["objective"] * (self.token_loss is not None)
             start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in names})
             (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
-        targets = sums.pop("targets")
-        count = jnp.maximum(targets, 1.0)
-        grads = jax.tree.map(lambda g: g / count, leave_step(grads, self.dims))
-        return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
+        return leave_step(grads, self.dims), sums
+
+    def _pipeline_grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """As _plain_grads."""
+        x_MBUD, pull = jax.vjp(partial(self._embed, batch=batch), self._outer(params))
+        head = {name: params[name] for name in self._head_names}
+        sums, d_layers, d_head, dx_MBUD = self._pipeline.value_and_grad(params["layers"], head, x_MBUD, batch)
+        (d_outer,) = pull(dx_MBUD)
+        outer_dims = {name: d for name, d in self.dims.items() if name != "layers"}
+        grads = leave_step(jax.tree.map(lambda g: g.astype(jnp.float32), d_outer), outer_dims)
+        for name, g in d_head.items():
+            grads[name] = jax.tree.map(jnp.add, grads[name], g)
+        return {**grads, "layers": d_layers}, sums
+
+    # ---- what a pipeline is made of
+
+    @cached_property
+    def _num_stages(self) -> int:
+        return self.mesh.shape.get("stage", 1)
+
+    @cached_property
+    def _head_names(self) -> list[str]:
+        return ["final_norm", "embed" if self.config.model.tie_embeddings else "unembed"]
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        config = self.config
+        schedule = pipeline_schedule(
+            config.mesh.pipeline, self._num_stages, config.mesh.rounds, config.train.grad_accum
+        )
+        layers = nnx.split(nnx.merge(self.graph, self.state_shapes["params"]).layers)[0]
+
+        def block(weights: Any, x_BTD: jax.Array, rows: Batch) -> jax.Array:
+            return run_repeat(layers, weights, x_BTD, rows["positions"], rows["segments"], self._kernel)
+
+        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return self._losses(self._part(weights).logits(x_BTD), rows)
+
+        dims = {name: self.dims[name] for name in self._head_names}
+        repeats = config.model.num_repeats
+        return Pipeline(schedule, repeats, block, head, self.dims["layers"], dims, self._dtype)
+
+    def _part(self, weights: Any) -> Transformer:
+        """The model with some of its weights; the others are shapes, which no computation takes."""
+        return nnx.merge(self.graph, {**self.state_shapes["params"], **weights})
+
+    def _outer(self, params: Any) -> Any:
+        """What is not in the layers, gathered, for the embedding."""
+        dims = {name: d for name, d in self.dims.items() if name != "layers"}
+        return enter_step({name: params[name] for name in dims}, dims, self._dtype, True)
+
+    def _embed(self, outer: Any, batch: Batch) -> jax.Array:
+        """Embedded tokens [M, B, U, D]: each stage embeds its part."""
+        tokens, positions = (constrain(batch[name], "MBU") for name in ("tokens", "positions"))
+        return self._part(outer).embedded(tokens, positions, "MBU")
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+    @property
+    def _kernel(self) -> AttentionKernel:
+        return attention if self._order is None else partial(context_attention, self.config.mesh.context_attention)
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = self._logits(params, rows)
+        return self._losses(self._logits(params, rows), rows)
+
+    def _losses(self, logits_BTV: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The objective and the sums that are reported, over these tokens."""
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
         if self.token_loss is None:
@@ -212,12 +286,18 @@ class Program:
         return sums["objective"], sums
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = self._arrange(batch, "MBS")
+        if self._num_stages > 1:
+            head = {name: params[name] for name in self._head_names}
+            sums = self._pipeline.value(params["layers"], head, self._embed(self._outer(params), batch), batch)
+            return sums["loss"], sums["targets"]
+
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
             logits_BTV = self._logits(params, rows)
             loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 
-        return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), self._arrange(batch, "MBS"))[0]
+        return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), batch)[0]
 
 
 def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = None) -> Program:
@@ -229,11 +309,16 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
         token_loss: replaces the default, cross entropy with config.train.z_loss. Where it is not plain cross entropy,
             the step's metrics have its mean as "objective" beside "loss".
     """
+    stages, shape = mesh.shape.get("stage", 1), None
+    if stages > 1:
+        rounds = config.mesh.rounds
+        shape = (rounds, stages, -(-config.model.num_repeats // (stages * rounds)))
     with jax.set_mesh(mesh):
-        model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
+        model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model, shape))
     graph, state = nnx.split(model)
     own = nnx.to_pure_dict(dims_of(state))
-    dims = jax.tree.map(lambda d, s: "L" * (len(s.shape) - len(d)) + d, own, nnx.to_pure_dict(state))
+    dims = jax.tree.map(lambda d, s: LEADING_DIMS[len(s.shape) - len(d)] + d, own, nnx.to_pure_dict(state))
     optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
     z_loss = config.train.z_loss
-    return Program(config, mesh, token_loss or (next_token_loss(z_loss) if z_loss else None), graph, dims, optimizer)
+    loss = token_loss or (next_token_loss(z_loss) if z_loss else None)
+    return Program(config, mesh, loss, graph, dims, optimizer, shape)

@@ -1,8 +1,11 @@
 """The plain layer stack: one scan over repeats of the layer pattern, each repeat rematerialized as configured."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig
@@ -10,7 +13,7 @@ from maxlm.model.attention import Attention, AttentionKernel
 from maxlm.model.mlp import Mlp
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of
-from maxlm.sharding import gather
+from maxlm.sharding import gather, param_spec
 
 REMAT_POLICIES = {
     # what the forward pass keeps for the backward pass, per layer, beside its input [B, T, D]
@@ -18,6 +21,10 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # nothing; the layer's forward runs again (+1/3 of the FLOPs)
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projection outputs; attention runs again
 }
+
+
+LEADING_DIMS = {0: "", 1: "L", 3: "RPL"}
+"""Dimension letters that stacked parameters have before their own, by their number."""
 
 
 class Block(nnx.Module):
@@ -44,13 +51,26 @@ class Block(nnx.Module):
         return x_BTD + _apply(self.mlp_post_norm, h)
 
 
-def make_layers(key: jax.Array, config: ModelConfig) -> nnx.Dict:
-    """Blocks of each position in the layer pattern, stacked over its repeats: parameters gain a leading L."""
-    pattern = config.layer_pattern
-    keys = jax.random.split(key, (len(pattern), config.num_layers // len(pattern)))
+def make_layers(key: jax.Array, config: ModelConfig, shape: tuple[int, ...] | None = None) -> nnx.Dict:
+    """Blocks of each position in the layer pattern, stacked over its repeats: parameters gain leading dims.
+
+    Args:
+        key: PRNG key.
+        config: the model.
+        shape: default (L,), the repeats of the pattern; (R, P, K) for a pipeline, where the stack may be longer than
+            it has repeats: what fills it up is never run.
+    """
+    pattern, repeats = config.layer_pattern, config.num_repeats
+    shape = shape or (repeats,)
+    keys = jax.random.split(key, (len(pattern), repeats))
+    filled = keys[:, jnp.arange(math.prod(shape)) % repeats].reshape(len(pattern), *shape)
+    lead = param_spec(LEADING_DIMS[len(shape)])
     stacked = {}
     for i, kind in enumerate(pattern):
-        stacked[str(i)] = jax.vmap(lambda k, kind=kind: Block(k, config, kind))(keys[i])
+        make: Callable[[jax.Array], Block] = lambda k, kind=kind: Block(k, config, kind)  # noqa: E731
+        for _ in shape:
+            make = jax.vmap(make)
+        stacked[str(i)] = make(jax.reshard(filled[i], lead))
     return nnx.Dict(stacked)
 
 
@@ -78,14 +98,35 @@ def run_layers(
 
     def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, None]:
         weights = jax.tree.map(lambda v, d: v.replace(gather(v[...], d, x.dtype)), repeat, dims, is_leaf=_is_variable)
-        blocks = nnx.merge(graphdef, weights)
-        for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
-            x = blocks[str(i)](x, positions_BT, segments_BT, kernel)
-        return x, None
+        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, kernel), None
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x_BTD, state)[0]
+
+
+def run_repeat(
+    graphdef: Any,
+    weights: Any,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    kernel: AttentionKernel,
+) -> jax.Array:
+    """Runs the blocks of one repeat of the layer pattern.
+
+    Args:
+        graphdef: nnx structure of make_layers' result.
+        weights: its state with the weights of one repeat, gathered, in the compute dtype.
+        x_BTD: residual stream.
+        positions_BT: int32 positions within documents.
+        segments_BT: int32 document numbers.
+        kernel: attention kernel.
+    """
+    blocks = nnx.merge(graphdef, weights)
+    for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
+        x_BTD = blocks[str(i)](x_BTD, positions_BT, segments_BT, kernel)
+    return x_BTD
 
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:

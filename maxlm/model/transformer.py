@@ -1,6 +1,7 @@
 """The decoder transformer: embedding, layer stack, output projection."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,13 +24,14 @@ class Transformer(nnx.Module):
     Must be created and called under `jax.set_mesh`.
     """
 
-    def __init__(self, key: jax.Array, config: ModelConfig):
+    def __init__(self, key: jax.Array, config: ModelConfig, stack_shape: tuple[int, ...] | None = None):
+        """Args: stack_shape: leading dims of the layers' parameters, see stack.make_layers."""
         self.config = config
         embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
         self.embed = normal(embed_key, "VD", config, config.init_std)
         learned = config.position == "learned"
         self.positions = normal(position_key, "TD", config, config.init_std) if learned else None
-        self.layers = make_layers(layer_key, config)
+        self.layers = make_layers(layer_key, config, stack_shape)
         self.final_norm = Norm(config)
         self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
 
@@ -53,18 +55,36 @@ class Transformer(nnx.Module):
         Returns:
             float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled.
         """
-        dtype = jnp.dtype(self.config.dtype)
-        embed_VD = gather(self.embed[...], "VD", dtype)
-        x_BTD = _lookup(embed_VD, tokens_BT)
-        if self.config.embedding_scale is not None:
-            x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, dtype)
-        if self.positions is not None:
-            x_BTD = x_BTD + _lookup(gather(self.positions[...], "TD", dtype), positions_BT)
-        x_BTD = stack(self.layers, x_BTD, positions_BT, segments_BT)
+        x_BTD = stack(self.layers, self.embedded(tokens_BT, positions_BT), positions_BT, segments_BT)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
+        return self.logits(x_BTD)
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array, dims: str = "BT") -> jax.Array:
+        """What enters the layers.
+
+        Args:
+            tokens: int32 token ids.
+            positions: int32 positions within documents.
+            dims: their dimensions, "BT" or "MBT".
+
+        Returns:
+            dims + "D" in the compute dtype.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        x = _lookup(f"{dims}D", gather(self.embed[...], "VD", dtype), tokens)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, dtype)
+        if self.positions is not None:
+            x = x + _lookup(f"{dims}D", gather(self.positions[...], "TD", dtype), positions)
+        return x
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """float32 logits [B, T, V] of what leaves the layers."""
+        dtype = jnp.dtype(self.config.dtype)
         x_BTD = self._final_norm(dtype)(x_BTD)
         if self.unembed is None:
+            embed_VD = gather(self.embed[...], "VD", dtype)
             logits_BTV = einsum("BTD,VD->BTV", x_BTD, embed_VD, preferred_element_type=jnp.float32)
         else:
             unembed_DV = gather(self.unembed[...], "DV", dtype)
@@ -89,22 +109,21 @@ class Transformer(nnx.Module):
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
 
 
-@jax.custom_vjp
-def _lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of a table; the gradient is summed in float32, since a frequent token's bf16 sum would stall."""
-    whole = _whole(table_VD)
-    return whole.at[ids_BT].get(out_sharding=compute_spec("BTD"))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(dims: str, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table [dims]; the gradient is summed in float32, since a frequent token's bf16 sum would stall."""
+    return _whole(table_VD).at[ids].get(out_sharding=compute_spec(dims))
 
 
-def _lookup_fwd(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
-    return _lookup(table_VD, ids_BT), (table_VD, ids_BT)
+def _lookup_fwd(dims: str, table_VD: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+    return _lookup(dims, table_VD, ids), (table_VD, ids)
 
 
-def _lookup_bwd(saved: Any, g_BTD: jax.Array) -> tuple[jax.Array, None]:
-    table_VD, ids_BT = saved
-    plain = lambda table: _whole(table).at[ids_BT].get(out_sharding=compute_spec("BTD"))  # noqa: E731
+def _lookup_bwd(dims: str, saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, ids = saved
+    plain = lambda table: _whole(table).at[ids].get(out_sharding=compute_spec(dims))  # noqa: E731
     _, pull = jax.vjp(plain, table_VD.astype(jnp.float32))
-    return pull(g_BTD.astype(jnp.float32))[0].astype(table_VD.dtype), None
+    return pull(g.astype(jnp.float32))[0].astype(table_VD.dtype), None
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)

@@ -1,0 +1,271 @@
+"""The pipeline: layers cut over the stage axis, microbatches passed along, by the timetable of schedule.py.
+
+An alternative to model/stack.py that runs the same block function. Each stage holds R shares (rounds) of K repeats of
+the layer pattern; its weights are gathered over fsdp once a step and their gradients are reduced once a step. One jit:
+loops over ticks inside a shard_map that is manual over all axes but tensor, whose shardings stay in types. Forward and
+backward are both in the loop, so gradients come out of it and autodiff never sees it. A stage keeps the inputs of its
+blocks alone and runs each block again in the backward pass.
+
+The tokens of the residual stream are split over the stages where it waits outside: what enters the first stage, and
+what leaves it for the embedding. The loss is shared out as well: every stage does 1/P of the tokens of the last
+stage's output, or the others would wait for it.
+
+All that a stage needs of its neighbours was sent in the tick before. Idle stages work on garbage, which the timetable
+keeps out of every sum.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from maxlm.parallel.island import island, vary
+from maxlm.parallel.manual import STAGE, enter, leave, manual_axes, manual_spec, passage
+from maxlm.parallel.schedule import Phase, Schedule, Work
+from maxlm.sharding import COMPUTE
+
+Rows = dict[str, jax.Array]
+"""tokens, targets, segments, positions, mask: [M, B, T], or [B, T] of one microbatch."""
+Block = Callable[[Any, jax.Array, Rows], jax.Array]
+"""(weights of one repeat of the layer pattern, x [B, T, D], rows) -> x."""
+Head = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Any]]
+"""(weights, x [B, T, D], rows) -> (objective, sums); both are summed over tokens here, over microbatches outside."""
+Carry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What is fixed at compile time.
+
+    Attributes:
+        schedule: the timetable.
+        num_repeats: repeats of the layer pattern that are real; the stack is filled up to R x P x K.
+        block: runs one repeat.
+        head: ends a microbatch.
+        layer_dims: dimension letters of the layers' weights, tree of "RPL...".
+        head_dims: of the head's weights.
+        dtype: compute dtype.
+    """
+
+    schedule: Schedule
+    num_repeats: int
+    block: Block
+    head: Head
+    layer_dims: Any
+    head_dims: Any
+    dtype: Any
+
+    def value_and_grad(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows) -> tuple[Any, Any, Any, jax.Array]:
+        """Runs all microbatches forward and backward.
+
+        Args:
+            layers: float32 weights [R, P, K, ...] at rest.
+            head: float32 weights of the head at rest.
+            x_MBUD: embedded tokens, split over tokens by the stages too.
+            rows: the batch [M, B, T].
+
+        Returns:
+            sums of the head over all tokens; gradients of the objective by layers, head (float32, laid out like
+            them) and x_MBUD.
+        """
+        return self._run(layers, head, x_MBUD, rows, True)
+
+    def value(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows) -> Any:
+        """Runs all microbatches forward. Args as value_and_grad; returns the sums."""
+        return self._run(layers, head, x_MBUD, rows, False)
+
+    def _run(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows, train: bool) -> Any:
+        ways = jax.tree.map(passage, (self.layer_dims, self.head_dims))
+        layer_specs, head_specs = jax.tree.map(lambda way: way.spec, ways)
+        x_spec, row_spec = manual_spec("MBUD", COMPUTE), manual_spec("MBT", COMPUTE)
+
+        def region(layers: Any, head: Any, x: jax.Array, rows: Rows) -> Any:
+            weights = jax.tree.map(lambda w, way: enter(w, way, self.dtype), (layers, head), ways)
+            stage = _Stage(self, *vary((*weights, x, rows), manual_axes()), train)
+            carry = stage.start()
+            for phase in self.schedule.phases:
+                if train or phase.forward:
+                    ticks = jnp.arange(phase.start, phase.stop)
+                    carry, _ = lax.scan(partial(stage.tick, phase), carry, ticks)
+            sums = lax.psum(carry["sums"], manual_axes())
+            if not train:
+                return sums
+            grads = jax.tree.map(leave, (carry["d_layers"], carry["d_head"]), ways)
+            return sums, *grads, carry["dx"]
+
+        out = (P(), layer_specs, head_specs, x_spec) if train else P()
+        run = jax.shard_map(
+            region,
+            in_specs=(layer_specs, head_specs, x_spec, row_spec),
+            out_specs=out,
+            axis_names=set(manual_axes()),
+        )
+        return run(layers, head, x_MBUD, rows)
+
+
+class _Stage:
+    """One stage's view, inside the region: its gathered weights [R, K, ...], its part of x and all rows."""
+
+    def __init__(self, pipeline: Pipeline, layers: Any, head: Any, x: jax.Array, rows: Rows, train: bool):
+        self.pipeline, self.schedule, self.train = pipeline, pipeline.schedule, train
+        self.layers, self.head, self.x, self.rows = layers, head, x, rows
+        self.index = lax.axis_index(STAGE)
+        self.count, self.rounds = self.schedule.num_stages, self.schedule.num_rounds
+        self.repeats = jax.tree.leaves(layers)[0].shape[1]
+
+    def start(self) -> Carry:
+        """Everything that a tick leaves to the next."""
+        _, b, t, d = self.x.shape
+        dtype, shape = self.pipeline.dtype, (b, t * self.count, d)
+        piece = jax.ShapeDtypeStruct((b, t, d), dtype)
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, t), x.dtype), self.rows)
+        sums = jax.eval_shape(self.pipeline.head, self.head, piece, rows)[1]
+        carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": jax.tree.map(lambda s: jnp.zeros(s.shape), sums)}
+        if self.train:
+            carry["inputs"] = jnp.zeros((self.schedule.num_slots, self.repeats, *shape), dtype)
+            carry["returning"] = jnp.zeros(shape, dtype)
+            carry["d_out"] = jnp.zeros((self.schedule.num_head_slots, *shape), dtype)
+            carry["dx"] = jnp.zeros(self.x.shape, dtype)
+            carry["d_layers"], carry["d_head"] = jax.tree.map(_float32_zeros, (self.layers, self.head))
+        return vary(carry, manual_axes())
+
+    def tick(self, phase: Phase, carry: Carry, t: jax.Array) -> tuple[Carry, None]:
+        """One step of the timetable."""
+        carry = dict(carry)
+        if phase.forward:
+            out = self._forward(carry, t)
+            if phase.head:
+                self._loss(carry, out, t, bool(self.schedule.head[phase.start : phase.stop].all()))
+        if phase.backward and self.train:
+            self._backward(carry, t)
+        return carry, None
+
+    # ---- forward
+
+    def _forward(self, carry: Carry, t: jax.Array) -> jax.Array:
+        work = self._work(self.schedule.forward, t)
+        # the same microbatch enters on every stage's clock: its parts are gathered from all stages
+        enters = _at(self.schedule.forward.microbatch[:, 0], t)
+        feed = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), _pick(self.x, enters))
+        x = jnp.where((self.index == 0) & (work.round == 0), feed, carry["arriving"])
+        rows = self._rows_of(work.microbatch)
+
+        def repeat(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            return self._block(work.round, k)(self._weights(work.round, k), x, rows), x if self.train else None
+
+        out, inputs = lax.scan(repeat, x, jnp.arange(self.repeats))
+        if self.train:
+            carry["inputs"] = lax.dynamic_update_index_in_dim(carry["inputs"], inputs, work.slot, 0)
+        carry["arriving"] = lax.ppermute(out, STAGE, [(i, (i + 1) % self.count) for i in range(self.count)])
+        return out
+
+    def _loss(self, carry: Carry, out: jax.Array, t: jax.Array, always: bool) -> None:
+        """The head, on this stage's part of the tokens of the last stage's output."""
+        microbatch = _at(self.schedule.forward.microbatch[:, -1], t)
+        size = self.x.shape[2]
+
+        def run(out: jax.Array) -> Any:
+            x = jnp.where(self.index == self.count - 1, out, jnp.zeros_like(out))
+            x = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), x)
+            cut = lambda x: lax.dynamic_slice_in_dim(x, self.index * size, size, 1)  # noqa: E731
+            rows = jax.tree.map(cut, self._rows_of(microbatch))
+            if not self.train:
+                return vary(self.pipeline.head(self.head, x, rows)[1], manual_axes()), (), ()
+            grad = jax.grad(self.pipeline.head, argnums=(0, 1), has_aux=True)
+            (d_head, dx), sums = grad(self.head, x, rows)
+            d_out = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), dx)
+            return vary((sums, d_head, d_out), manual_axes())
+
+        def skip(out: jax.Array) -> Any:
+            nothing = lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec)  # noqa: E731
+            return vary(jax.tree.map(nothing, jax.eval_shape(run, out)), manual_axes())
+
+        sums, d_head, d_out = run(out) if always else lax.cond(_at(self.schedule.head, t), run, skip, out)
+        carry["sums"] = jax.tree.map(jnp.add, carry["sums"], sums)
+        if self.train:
+            carry["d_head"] = jax.tree.map(_add, carry["d_head"], d_head)
+            slot = _at(self.schedule.head_write, t)
+            carry["d_out"] = lax.dynamic_update_index_in_dim(carry["d_out"], d_out, slot, 0)
+
+    # ---- backward
+
+    def _backward(self, carry: Carry, t: jax.Array) -> None:
+        work = self._work(self.schedule.backward, t)
+        ends = (self.index == self.count - 1) & (work.round == self.rounds - 1)
+        d_out = jnp.where(ends, _pick(carry["d_out"], _at(self.schedule.head_read, t)), carry["returning"])
+        d_out = jnp.where(work.active > 0, d_out, jnp.zeros_like(d_out))
+        rows = self._rows_of(work.microbatch)
+        inputs = _pick(carry["inputs"], work.slot)
+
+        def repeat(state: Any, saved: Any) -> tuple[Any, None]:
+            (dx, grads), (k, x) = state, saved
+            block = self._block(work.round, k)
+            dw, dx = jax.vjp(lambda w, x: block(w, x, rows), self._weights(work.round, k), x)[1](dx)
+            return (dx, jax.tree.map(partial(_add_at, work.round, k), grads, dw)), None
+
+        state = (d_out, carry["d_layers"])
+        (dx, carry["d_layers"]), _ = lax.scan(repeat, state, (jnp.arange(self.repeats), inputs), reverse=True)
+        carry["returning"] = lax.ppermute(dx, STAGE, [(i, (i - 1) % self.count) for i in range(self.count)])
+        self._leave_first(carry, dx, work, t)
+
+    def _leave_first(self, carry: Carry, dx: jax.Array, work: Work, t: jax.Array) -> None:
+        """What comes out of the first layers goes to its microbatch's place, shared out over the stages."""
+        first = self.schedule.backward
+        leaves = _at((first.active[:, 0] == 1) & (first.round[:, 0] == 0), t)
+        dx = jnp.where(self.index == 0, dx, jnp.zeros_like(dx))
+        part = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), dx)
+        microbatch = _at(first.microbatch[:, 0], t)
+        part = jnp.where(leaves, part, _pick(carry["dx"], microbatch))
+        carry["dx"] = lax.dynamic_update_index_in_dim(carry["dx"], part, microbatch, 0)
+
+    # ---- what a tick works with
+
+    def _work(self, work: Work, t: jax.Array) -> Work:
+        own = lambda table: _pick(_pick(jnp.asarray(table), t), self.index)  # noqa: E731
+        return Work(own(work.microbatch), own(work.round), own(work.slot), own(work.active))
+
+    def _rows_of(self, microbatch: jax.Array) -> Rows:
+        return jax.tree.map(lambda x: _pick(x, microbatch), self.rows)
+
+    def _weights(self, round_: jax.Array, k: jax.Array) -> Any:
+        return jax.tree.map(lambda w: _pick(_pick(w, round_), k), self.layers)
+
+    def _block(self, round_: jax.Array, k: jax.Array) -> Block:
+        """The block function; repeats that fill up the stack pass x through."""
+        if self.count * self.rounds * self.repeats == self.pipeline.num_repeats:
+            return self.pipeline.block
+        real = (round_ * self.count + self.index) * self.repeats + k < self.pipeline.num_repeats
+        return lambda w, x, rows: jnp.where(real, self.pipeline.block(w, x, rows), x)
+
+
+def _at(table: Any, t: jax.Array) -> jax.Array:
+    return _pick(jnp.asarray(table), t)
+
+
+def _pick(x: jax.Array, i: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _add(total: jax.Array, x: jax.Array) -> jax.Array:
+    return total + x.astype(total.dtype)
+
+
+def _add_at(round_: jax.Array, k: jax.Array, total: jax.Array, x: jax.Array) -> jax.Array:
+    """Adds x to total[round, k] in place."""
+    start = (round_, k, *(0,) * x.ndim)
+    old = lax.dynamic_slice(total, start, (1, 1, *x.shape))
+    return lax.dynamic_update_slice(total, old + x[None, None].astype(total.dtype), start)
+
+
+def _float32_zeros(w: jax.Array) -> jax.Array:
+    return jnp.zeros(w.shape, jnp.float32, out_sharding=jax.typeof(w).sharding.spec)
+
+
+def _local(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    # see manual.py: collectives of a partly manual region abort on CPU or replicate on TPU
+    return island(collective, [x], jax.typeof(x).sharding.spec)
