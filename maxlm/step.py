@@ -22,7 +22,7 @@ from maxlm.kernels.attention import attention
 from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
 from maxlm.model.attention import AttentionKernel
 from maxlm.model.param import dims_of
-from maxlm.model.stack import LEADING_DIMS, run_layers, run_repeat
+from maxlm.model.stack import LEADING_DIMS, Aux, run_layers, run_repeat
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
 from maxlm.parallel.pipeline import Pipeline
@@ -138,11 +138,11 @@ class Program:
     def logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V] of rows [B, T], or [B, 1, V] of position `at` alone."""
         if self._order is None:
-            return self._logits(params, rows, at)
+            return self._logits(params, rows, at)[0]
         back = jnp.asarray(np.argsort(self._order))
         if at is not None:
-            return self._logits(params, self._arrange(rows, "BS"), back[at])
-        logits_BTV = self._logits(params, self._arrange(rows, "BS"))
+            return self._logits(params, self._arrange(rows, "BS"), back[at])[0]
+        logits_BTV, _ = self._logits(params, self._arrange(rows, "BS"))
         return jax.reshard(logits_BTV, compute_spec("BSV"))[:, back]
 
     @cached_property
@@ -158,7 +158,7 @@ class Program:
         spec = compute_spec(dims.replace("S", "T"))
         return {key: jax.reshard(x[..., self._order], spec) for key, x in batch.items()}
 
-    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
+    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         stack = partial(run_layers, kernel=self._kernel, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
@@ -242,7 +242,7 @@ class Program:
         layers = nnx.split(nnx.merge(self.graph, self.state_shapes["params"]).layers)[0]
 
         def block(weights: Any, x_BTD: jax.Array, rows: Batch) -> jax.Array:
-            return run_repeat(layers, weights, x_BTD, rows["positions"], rows["segments"], self._kernel)
+            return run_repeat(layers, weights, x_BTD, rows["positions"], rows["segments"], kernel=self._kernel)[0]
 
         def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self._losses(self._part(weights).logits(x_BTD), rows)
@@ -274,7 +274,8 @@ class Program:
         return attention if self._order is None else partial(context_attention, self.config.mesh.context_attention)
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self._losses(self._logits(params, rows), rows)
+        logits_BTV, _ = self._logits(params, rows)
+        return self._losses(logits_BTV, rows)
 
     def _losses(self, logits_BTV: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The objective and the sums that are reported, over these tokens."""
@@ -293,7 +294,7 @@ class Program:
             return sums["loss"], sums["targets"]
 
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            logits_BTV = self._logits(params, rows)
+            logits_BTV, _ = self._logits(params, rows)
             loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 

@@ -11,11 +11,11 @@ from flax import nnx
 from maxlm.config import ModelConfig
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
-from maxlm.model.stack import make_layers
+from maxlm.model.stack import Aux, gather_weights, make_layers
 from maxlm.sharding import compute_spec, constrain, einsum, gather
 
-Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD."""
+Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]]
+"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD and sums of what layers report."""
 
 
 class Transformer(nnx.Module):
@@ -42,7 +42,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array,
         stack: Stack,
         at: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Aux]:
         """Predicts the next token at every position, or at one.
 
         Args:
@@ -53,12 +53,13 @@ class Transformer(nnx.Module):
             at: int32 scalar; only the logits of this position are computed, and T is 1 in what is returned.
 
         Returns:
-            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled.
+            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
+            and the sums over layers of what they report.
         """
-        x_BTD = stack(self.layers, self.embedded(tokens_BT, positions_BT), positions_BT, segments_BT)
+        x_BTD, aux = stack(self.layers, self.embedded(tokens_BT, positions_BT), positions_BT, segments_BT)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
-        return self.logits(x_BTD)
+        return self.logits(x_BTD), aux
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, dims: str = "BT") -> jax.Array:
         """What enters the layers.
@@ -93,11 +94,7 @@ class Transformer(nnx.Module):
 
     def _final_norm(self, dtype: Any) -> Norm:
         graphdef, state = nnx.split(self.final_norm)
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        gathered = jax.tree.map(
-            lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims_of(state), is_leaf=is_variable
-        )
-        return nnx.merge(graphdef, gathered)
+        return nnx.merge(graphdef, gather_weights(state, dims_of(state), dtype))
 
     def _finish(self, logits_BTV: jax.Array) -> jax.Array:
         config = self.config

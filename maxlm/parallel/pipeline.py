@@ -17,7 +17,7 @@ keeps out of every sum.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,8 @@ class Pipeline:
 
         def region(layers: Any, head: Any, x: jax.Array, rows: Rows) -> Any:
             weights = jax.tree.map(lambda w, way: enter(w, way, self.dtype), (layers, head), ways)
-            stage = _Stage(self, *vary((*weights, x, rows), manual_axes()), train)
+            weights, x, rows = vary((weights, x, rows), manual_axes())
+            stage = _Stage(self, weights, x, rows, train)
             carry = stage.start()
             for phase in self.schedule.phases:
                 if train or phase.forward:
@@ -111,12 +112,12 @@ class Pipeline:
 class _Stage:
     """One stage's view, inside the region: its gathered weights [R, K, ...], its part of x and all rows."""
 
-    def __init__(self, pipeline: Pipeline, layers: Any, head: Any, x: jax.Array, rows: Rows, train: bool):
+    def __init__(self, pipeline: Pipeline, weights: tuple[Any, Any], x: jax.Array, rows: Rows, train: bool):
         self.pipeline, self.schedule, self.train = pipeline, pipeline.schedule, train
-        self.layers, self.head, self.x, self.rows = layers, head, x, rows
+        (self.layers, self.head), self.x, self.rows = weights, x, rows
         self.index = lax.axis_index(STAGE)
         self.count, self.rounds = self.schedule.num_stages, self.schedule.num_rounds
-        self.repeats = jax.tree.leaves(layers)[0].shape[1]
+        self.repeats = jax.tree.leaves(self.layers)[0].shape[1]
 
     def start(self) -> Carry:
         """Everything that a tick leaves to the next."""
@@ -211,9 +212,9 @@ class _Stage:
         state = (d_out, carry["d_layers"])
         (dx, carry["d_layers"]), _ = lax.scan(repeat, state, (jnp.arange(self.repeats), inputs), reverse=True)
         carry["returning"] = lax.ppermute(dx, STAGE, [(i, (i - 1) % self.count) for i in range(self.count)])
-        self._leave_first(carry, dx, work, t)
+        self._leave_first(carry, dx, t)
 
-    def _leave_first(self, carry: Carry, dx: jax.Array, work: Work, t: jax.Array) -> None:
+    def _leave_first(self, carry: Carry, dx: jax.Array, t: jax.Array) -> None:
         """What comes out of the first layers goes to its microbatch's place, shared out over the stages."""
         first = self.schedule.backward
         leaves = _at((first.active[:, 0] == 1) & (first.round[:, 0] == 0), t)
@@ -225,9 +226,9 @@ class _Stage:
 
     # ---- what a tick works with
 
-    def _work(self, work: Work, t: jax.Array) -> Work:
-        own = lambda table: _pick(_pick(jnp.asarray(table), t), self.index)  # noqa: E731
-        return Work(own(work.microbatch), own(work.round), own(work.slot), own(work.active))
+    def _work(self, work: Work, t: jax.Array) -> "_Now":
+        own = lambda table: _pick(_at(table, t), self.index)  # noqa: E731
+        return _Now(own(work.microbatch), own(work.round), own(work.slot), own(work.active))
 
     def _rows_of(self, microbatch: jax.Array) -> Rows:
         return jax.tree.map(lambda x: _pick(x, microbatch), self.rows)
@@ -241,6 +242,15 @@ class _Stage:
             return self.pipeline.block
         real = (round_ * self.count + self.index) * self.repeats + k < self.pipeline.num_repeats
         return lambda w, x, rows: jnp.where(real, self.pipeline.block(w, x, rows), x)
+
+
+class _Now(NamedTuple):
+    """This stage's line of a timetable: int32 scalars."""
+
+    microbatch: jax.Array
+    round: jax.Array
+    slot: jax.Array
+    active: jax.Array
 
 
 def _at(table: Any, t: jax.Array) -> jax.Array:

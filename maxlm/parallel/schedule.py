@@ -8,6 +8,7 @@ arXiv:2104.04473): the bubble shrinks to (P - 1) / (R M) of the work, for R time
 the number of microbatches; gpipe (Huang et al., arXiv:1811.06965) runs all forwards first.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -75,13 +76,13 @@ class Schedule:
 
     @property
     def phases(self) -> list[Phase]:
-        """The timetable cut where forwards end, and where losses and backwards begin: three loops and not one branch."""
+        """The timetable, cut where forwards end and where losses and backwards begin: loops instead of branches."""
         starts = [int(np.argmax(x)) for x in (self.head, self.backward.active.any(1))]
         forward_stop = int(np.flatnonzero(self.forward.active.any(1))[-1]) + 1
         cuts = sorted({0, *starts, forward_stop, len(self.head)})
         return [
             Phase(a, b, *(bool(x[a:b].any()) for x in (self.forward.active, self.head, self.backward.active)))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         ]
 
     def bubble(self) -> float:
