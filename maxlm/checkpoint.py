@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from maxlm import storage
 from maxlm.config import CheckpointConfig
+from maxlm.restack import Stack
 from maxlm.storage import StorageError
 
 
@@ -75,12 +77,13 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(self, step: int, shapes: Any) -> Any:
+    def restore(self, step: int, shapes: Any, stack: Stack | None = None) -> Any:
         """Reads a step into arrays of the given shapes, dtypes and shardings.
 
         Args:
             step: one of steps().
             shapes: the state's tree of ShapeDtypeStruct with shardings (Program.state_shapes).
+            stack: how these stack their layers; then a checkpoint of another pipeline, or of none, fits as well.
 
         Raises:
             CheckpointError: the step cannot be read, or holds other arrays.
@@ -88,9 +91,16 @@ class Checkpoints:
         try:
             saved = _leaves(self._manager.item_metadata(step))
             wanted = _leaves(shapes)
-            if difference := _difference(saved, wanted):
+            others = {p for p in saved if stack and p in wanted and stack.fits(p, saved[p][0], wanted[p][0])}
+            others -= {p for p in others if saved[p] == wanted[p]}
+            kept = [{p: v for p, v in leaves.items() if p not in others} for leaves in (saved, wanted)]
+            if difference := _difference(*kept):
                 raise CheckpointError(f"checkpoint {self.path}/{step} does not fit this run: {difference}")
-            return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            if stack is None or not others:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            as_saved = _map_paths(lambda p, s: stack.as_saved(saved[p][0], s) if p in others else s, shapes)
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(as_saved))
+            return _map_paths(lambda p, x, s: stack.restack(x, s) if p in others else x, state, shapes)
         except CheckpointError:
             raise
         except Exception as error:
@@ -134,6 +144,11 @@ def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     system = re.search(r"([^:]+) \[os_error_code=", text)  # tensorstore quotes every layer that the error went through
     return system[1].strip() if system else text[:300]
+
+
+def _map_paths(function: Callable[..., Any], *trees: Any) -> Any:
+    """Maps function(path, *leaves), with paths as those of _leaves."""
+    return jax.tree_util.tree_map_with_path(lambda path, *x: function("/".join(map(_name, path)), *x), *trees)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

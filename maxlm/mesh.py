@@ -144,6 +144,14 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
             f"not divide over slices x data x fsdp x expert = {shards} devices; use train.batch_size="
             f"{max(1, round(rows / shards)) * shards * train.grad_accum}"
         )
+    shares = sizes["stage"] * config.mesh.rounds
+    if config.mesh.rounds > 1 and sizes["stage"] == 1:
+        raise ConfigError(f"mesh.rounds={config.mesh.rounds} needs a pipeline: set mesh.stage, or mesh.rounds=1")
+    if sizes["stage"] > 1 and shares > model.num_repeats:
+        raise ConfigError(
+            f"mesh.stage={sizes['stage']} x mesh.rounds={config.mesh.rounds} is {shares} shares of layers, but the "
+            f"model has {model.num_repeats} repeats of its layer pattern; make one smaller"
+        )
     parts = sizes["context"] * sizes["stage"] * (2 if sizes["context"] > 1 else 1)
     if train.seq_len % parts:
         raise ConfigError(

@@ -201,14 +201,16 @@ def _over_layers(muon: optax.GradientTransformation, dims: Tree) -> optax.Gradie
 def _deal(dims: str, x: jax.Array) -> jax.Array:
     *_, last = path = _layer_path(dims, x)
     sizes = jax.sharding.get_abstract_mesh().shape
-    missing = -x.shape[0] % math.prod(sizes[axis] for axis in last[0] or ()) if len(path) > 1 else 0
+    at = dims.find("L")
+    missing = -x.shape[at] % math.prod(sizes[axis] for axis in last[at] or ()) if len(path) > 1 else 0
     if missing:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+        x = jnp.pad(x, [(0, missing if i == at else 0) for i in range(x.ndim)])
     return _hops(x, path[1:])
 
 
 def _collect(dims: str, x: jax.Array, home: jax.Array) -> jax.Array:
-    return _hops(x, _layer_path(dims, home)[-2::-1])[: home.shape[0]]
+    x, at = _hops(x, _layer_path(dims, home)[-2::-1]), dims.find("L")
+    return x if x.shape == home.shape else jax.lax.slice_in_dim(x, 0, home.shape[at], axis=at)
 
 
 def _hops(x: jax.Array, specs: list[P]) -> jax.Array:
@@ -229,10 +231,11 @@ def _layer_path(dims: str, x: jax.Array) -> list[P]:
     spec = jax.typeof(x).sharding.spec
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec.partitions]
     path = [spec]
-    for i in range(1, len(entries)) if dims.startswith("L") else ():
+    at = dims.find("L")
+    for i in range(at + 1, len(entries)) if at >= 0 else ():
         while entries[i]:
             *rest, axis = entries[i]
-            entries[0], entries[i] = (*entries[0], axis), tuple(rest)
+            entries[at], entries[i] = (*entries[at], axis), tuple(rest)
             path.append(P(*(e or None for e in entries)))
     return path
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.sharding import compute_spec
+from maxlm.sharding import axis_size, compute_spec
 from maxlm.step import Program
 
 
@@ -30,17 +30,17 @@ def sample(
     T = program.config.train.seq_len
     prompt = prompt[-max(1, T - num_tokens) :]
     end = min(T, len(prompt) + num_tokens)
-    # every device row computes the same text: a row per data and fsdp shard is what the mesh can hold at least
-    rows = int(np.prod([s for n, s in program.mesh.shape.items() if n.startswith(("data", "fsdp"))]))
+    # every row holds the same text: one for each device that splits rows is what the mesh can hold at least
+    with jax.set_mesh(program.mesh):
+        rows = axis_size("slice", "data", "fsdp", "expert")
     tokens_BT = np.full((rows, T), eos_id, np.int32)
     tokens_BT[:, : len(prompt)] = prompt
 
     def draw(i: jax.Array, tokens_BT: jax.Array, params: Any) -> jax.Array:
         everywhere = jnp.ones_like(tokens_BT)
-        positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=compute_spec("BT"))
+        positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=compute_spec("BS"))
         batch = {"tokens": tokens_BT, "positions": positions_BT, "segments": everywhere}
-        logits_BV = program.logits(params, batch, at=i - 1)[:, 0]
-        logits_V = jax.reshard(logits_BV, jax.P(None, None))[0]
+        logits_V = program.next_logits(params, batch, i - 1)
         key = jax.random.fold_in(jax.random.key(seed), i)
         drawn = jax.random.categorical(key, logits_V / temperature) if temperature > 0 else jnp.argmax(logits_V)
         return jnp.where(positions_BT == i, drawn.astype(jnp.int32), tokens_BT)
@@ -50,6 +50,6 @@ def sample(
         return jax.lax.fori_loop(len(prompt), end, lambda i, t: draw(i, t, params), tokens_BT)
 
     with jax.set_mesh(program.mesh):
-        out = generate(params, jax.device_put(tokens_BT, compute_spec("BT")))
+        out = generate(params, jax.device_put(tokens_BT, compute_spec("BS")))
     ids = np.asarray(out.addressable_shards[0].data)[0, len(prompt) : end].tolist()
     return ids[: ids.index(eos_id)] if eos_id in ids else ids

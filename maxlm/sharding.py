@@ -70,6 +70,12 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return tuple(n for n in explicit if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
 
 
+def axis_size(*logical: str) -> int:
+    """Number of devices along logical axes of the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[n] for axis in logical for n in mesh_axes(axis))
+
+
 def replica_axes(dims: str) -> tuple[str, ...]:
     """Mesh axes over which a parameter is replicated, fastest network first."""
     own = {axis for letter in dims for axis in _logical(PARAM[letter])}
@@ -130,8 +136,11 @@ def gather(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
 def share(w: jax.Array, dims: str) -> jax.Array:
     """Lets a gathered weight meet activations split over `dims`: its gradient is summed over their mesh axes too.
 
-    A weight per head feature, say, is used by heads that live on several tensor shards.
+    A weight per head feature, say, is used by heads that live on several tensor shards. In a region that is manual over
+    other axes types cannot say this (XLA aborts), and the sum happens at once.
     """
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        return w
     axes = {n for letter in dims for axis in _logical(COMPUTE[letter]) for n in mesh_axes(axis)}
     if axes <= _reduced(w):
         return w
@@ -141,7 +150,7 @@ def share(w: jax.Array, dims: str) -> jax.Array:
 
 def heads_letter(num_kv_heads: int) -> str:
     """K where key/value heads divide over the tensor axis, J where they are too few and each device has them all."""
-    return "J" if num_kv_heads % _size("tensor") else "K"
+    return "J" if num_kv_heads % axis_size("tensor") else "K"
 
 
 def repeat_heads(x_BTJH: jax.Array) -> jax.Array:
@@ -150,7 +159,7 @@ def repeat_heads(x_BTJH: jax.Array) -> jax.Array:
     Query head n uses head n // (N / K) before and after, so each device keeps the heads that its queries use.
     """
     num_heads = x_BTJH.shape[2]
-    x = jnp.repeat(x_BTJH, math.lcm(num_heads, _size("tensor")) // num_heads, axis=2)
+    x = jnp.repeat(x_BTJH, math.lcm(num_heads, axis_size("tensor")) // num_heads, axis=2)
     return constrain(x, "BTKH")
 
 
@@ -196,11 +205,6 @@ def zeros_like_gradient(w: jax.Array) -> jax.Array:
     spec_w = jax.typeof(w).sharding.spec
     zeros = jnp.zeros(w.shape, jnp.float32, out_sharding=P(*spec_w.partitions))
     return jax.reshard(zeros, P(*spec_w.partitions, unreduced=spec_w.reduced)) if spec_w.reduced else zeros
-
-
-def _size(logical: str) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[n] for n in mesh_axes(logical))
 
 
 def _logical(axes: Axes) -> tuple[str, ...]:

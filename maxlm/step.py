@@ -4,6 +4,7 @@ State is a plain dict: "step" (int32, finished steps), "params" (float32), "opt"
 configured, "ema" (float32 averaged weights).
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +28,7 @@ from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
 from maxlm.parallel.pipeline import Pipeline
 from maxlm.parallel.schedule import pipeline_schedule
+from maxlm.restack import Stack
 from maxlm.schedule import make_schedule
 from maxlm.sharding import compute_spec, constrain, enter_step, leave_step, zeros_like_gradient
 
@@ -68,6 +70,12 @@ class Program:
     def schedule(self) -> optax.Schedule:
         """Learning rate at a step."""
         return make_schedule(self.config.optim, self.config.train.num_steps)
+
+    @property
+    def stack(self) -> Stack:
+        """How layers are stacked, to read checkpoints of other pipelines."""
+        repeats = self.config.model.num_repeats
+        return Stack(repeats, self.stack_shape or (repeats,))
 
     @cached_property
     def state_shapes(self) -> Any:
@@ -135,15 +143,36 @@ class Program:
 
     # ---- pure functions
 
-    def logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
-        """float32 logits [B, T, V] of rows [B, T], or [B, 1, V] of position `at` alone."""
-        if self._order is None:
-            return self._logits(params, rows, at)[0]
-        back = jnp.asarray(np.argsort(self._order))
-        if at is not None:
-            return self._logits(params, self._arrange(rows, "BS"), back[at])[0]
+    def logits(self, params: Any, rows: Batch) -> jax.Array:
+        """float32 logits [B, T, V] of rows [B, T]; not in a pipeline, whose stages never hold them all."""
+        assert self._num_stages == 1
         logits_BTV, _ = self._logits(params, self._arrange(rows, "BS"))
-        return jax.reshard(logits_BTV, compute_spec("BSV"))[:, back]
+        if self._order is None:
+            return logits_BTV
+        return jax.reshard(logits_BTV, compute_spec("BSV"))[:, jnp.asarray(np.argsort(self._order))]
+
+    def next_logits(self, params: Any, rows: Batch, at: jax.Array) -> jax.Array:
+        """float32 logits [V] of the token after position `at`, the mean over rows [B, T], on any mesh."""
+        if self._num_stages == 1:
+            place = at if self._order is None else jnp.asarray(np.argsort(self._order))[at]
+            logits_BV = self._logits(params, self._arrange(rows, "BS"), place)[0][:, 0]
+            return jax.reshard(logits_BV, jax.P(None, None)).mean(0)
+        place_BT = jax.lax.broadcasted_iota(jnp.int32, rows["tokens"].shape, 1, out_sharding=compute_spec("BS"))
+        batch = jax.tree.map(lambda x: x[None], {**rows, "chosen": (place_BT == at).astype(jnp.int32)})
+        batch = self._arrange(batch, "MBS")
+
+        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, jax.Array]:
+            chosen_BT = rows["chosen"].astype(x_BTD.dtype)
+            x_B1D = (x_BTD * chosen_BT[..., None]).sum(1, keepdims=True)
+            here_B = rows["chosen"].sum(1) > 0  # of all shards of a row's tokens, one has it
+            logits_BV = self._part(weights).logits(x_B1D)[:, 0]
+            return jnp.zeros(()), jnp.where(here_B[:, None], logits_BV, 0.0).sum(0)
+
+        schedule = pipeline_schedule("1f1b", self._num_stages, self.config.mesh.rounds, 1)
+        run = dataclasses.replace(self._pipeline, head=head, schedule=schedule)
+        weights = {name: params[name] for name in self._head_names}
+        sums_V = run.value(params["layers"], weights, self._embed(self._outer(params), batch), batch)
+        return jax.reshard(sums_V, jax.P(None)) / rows["tokens"].shape[0]
 
     @cached_property
     def _order(self) -> np.ndarray | None:

@@ -164,7 +164,7 @@ def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int
     train = program.config.train
     step = checkpoints.latest()
     if step is not None:
-        return checkpoints.restore(step, program.state_shapes), step
+        return checkpoints.restore(step, program.state_shapes, program.stack), step
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
     path, at, text = train.start_from.rpartition("@")
@@ -180,4 +180,4 @@ def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int
             )
         if step >= train.num_steps:
             raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
-        return other.restore(step, program.state_shapes), step
+        return other.restore(step, program.state_shapes, program.stack), step

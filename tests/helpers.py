@@ -83,9 +83,29 @@ def microbatches(rows: np.ndarray, count: int) -> np.ndarray:
     return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
 
 
+def stacked(program: Program, params: Any) -> Any:
+    """Host parameters of the plain path in the shape of a pipeline's; what fills a stack up is not zero."""
+    shape = program.stack_shape
+    if shape is None:
+        return params
+
+    def stack(x: np.ndarray) -> np.ndarray:
+        return np.resize(x, (math.prod(shape), *x.shape[1:])).reshape(*shape, *x.shape[1:])
+
+    return {**params, "layers": jax.tree.map(stack, params["layers"])}
+
+
+def unstacked(program: Program, params: Any) -> Any:
+    """The opposite of stacked."""
+    if program.stack_shape is None:
+        return params
+    flat = lambda x: x.reshape(-1, *x.shape[3:])[: program.config.model.num_repeats]  # noqa: E731
+    return {**params, "layers": jax.tree.map(flat, params["layers"])}
+
+
 def place(program: Program, params: Any, batch: dict[str, np.ndarray]) -> tuple[Any, dict[str, jax.Array]]:
     """Host parameters and batch on the program's mesh."""
-    params = jax.tree.map(jax.device_put, params, program.state_shardings["params"])
+    params = jax.tree.map(jax.device_put, stacked(program, params), program.state_shardings["params"])
     return params, {k: jax.device_put(v, program.batch_sharding) for k, v in batch.items()}
 
 
@@ -93,7 +113,7 @@ def loss_and_grads(program: Program, params: Any, batch: dict[str, np.ndarray]) 
     """Mean loss and host gradients of a host batch."""
     with jax.set_mesh(program.mesh):
         grads, metrics = program.grads(*place(program, params, batch))
-    return float(metrics["loss"]), jax.device_get(grads)
+    return float(metrics["loss"]), unstacked(program, jax.device_get(grads))
 
 
 def worst_error(a: Any, b: Any) -> float:

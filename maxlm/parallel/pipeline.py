@@ -126,7 +126,7 @@ class _Stage:
         piece = jax.ShapeDtypeStruct((b, t, d), dtype)
         rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, t), x.dtype), self.rows)
         sums = jax.eval_shape(self.pipeline.head, self.head, piece, rows)[1]
-        carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": jax.tree.map(lambda s: jnp.zeros(s.shape), sums)}
+        carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": jax.tree.map(_zeros, sums)}
         if self.train:
             carry["inputs"] = jnp.zeros((self.schedule.num_slots, self.repeats, *shape), dtype)
             carry["returning"] = jnp.zeros(shape, dtype)
@@ -183,8 +183,7 @@ class _Stage:
             return vary((sums, d_head, d_out), manual_axes())
 
         def skip(out: jax.Array) -> Any:
-            nothing = lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec)  # noqa: E731
-            return vary(jax.tree.map(nothing, jax.eval_shape(run, out)), manual_axes())
+            return vary(jax.tree.map(_zeros, jax.eval_shape(run, out)), manual_axes())
 
         sums, d_head, d_out = run(out) if always else lax.cond(_at(self.schedule.head, t), run, skip, out)
         carry["sums"] = jax.tree.map(jnp.add, carry["sums"], sums)
@@ -270,6 +269,11 @@ def _add_at(round_: jax.Array, k: jax.Array, total: jax.Array, x: jax.Array) -> 
     start = (round_, k, *(0,) * x.ndim)
     old = lax.dynamic_slice(total, start, (1, 1, *x.shape))
     return lax.dynamic_update_slice(total, old + x[None, None].astype(total.dtype), start)
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    spec = P() if shape.sharding is None else P(*shape.sharding.spec)
+    return jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
 
 
 def _float32_zeros(w: jax.Array) -> jax.Array:
