@@ -6,9 +6,11 @@ the loop's condition or its known_trip_count.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
@@ -29,6 +31,7 @@ class Collective:
         bytes: bytes of that array, on one device.
         times: how often it runs, trip counts of loops multiplied.
         loops: trip counts of the loops around it, outermost first.
+        groups: devices that take part with one another, by their index in the mesh; for a permute, sender and receiver.
     """
 
     kind: str
@@ -37,6 +40,14 @@ class Collective:
     bytes: int
     times: int
     loops: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    def axes(self, mesh: Mapping[str, int]) -> frozenset[str]:
+        """Names of the mesh axes along which it moves data. Args: mesh: sizes by name, as Mesh.shape gives them."""
+        places = np.indices(tuple(mesh.values())).reshape(len(mesh), -1)
+        groups = self.groups or (tuple(range(places.shape[1])),)  # none named is all
+        moved = [np.ptp(places[:, list(group)], axis=1) > 0 for group in groups]
+        return frozenset(name for name, along in zip(mesh, np.any(moved, axis=0), strict=True) if along)
 
 
 def collectives(text: str) -> list[Collective]:
@@ -53,6 +64,68 @@ def collectives(text: str) -> list[Collective]:
     for key, collective in _walk(computations, entry, (), ()):
         found.setdefault(key, collective)
     return list(found.values())
+
+
+def matmul_flops(text: str, taken: float = 1.0) -> float:
+    """FLOPs of all matrix products that one device runs, loops counted.
+
+    On TPU a matrix product is a convolution. A dim that counts batches is a spatial one there, whose window moves by
+    its own size; a dim whose window is padded to its full size is one of the result's.
+
+    Args:
+        text: the compiled program.
+        taken: how often a condition's branches are run, as a share; both of them count so.
+
+    Raises:
+        ValueError: the text is no compiled HLO module.
+    """
+    computations, entry = _computations(text)
+    shapes = {name: _result_shapes(lines) for name, lines in computations.items()}
+
+    def walk(name: str, times: float) -> float:
+        total = 0.0
+        for line in computations.get(name, ()):
+            match = _OPERATION.match(line)
+            if match is None:
+                continue
+            _, result, operation, rest = match.groups()
+            if operation in ("dot", "convolution"):
+                total += times * _product_flops(operation, result, rest, shapes[name])
+            often = {"while": lambda: _trips(computations, rest), "conditional": lambda: taken}
+            inside = times * often.get(operation, lambda: 1)()
+            total += sum(walk(callee, inside) for callee in _callees(operation, rest))
+        return total
+
+    return walk(entry, 1.0)
+
+
+def _result_shapes(lines: list[str]) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for line in lines:
+        if (match := _OPERATION.match(line)) and (array := _ARRAY.match(match[2])):
+            found[match[1]] = tuple(int(n) for n in array[2].split(",") if n)
+    return found
+
+
+def _product_flops(operation: str, result: str, rest: str, shapes: dict[str, tuple[int, ...]]) -> float:
+    array = _ARRAY.match(result)
+    assert array
+    out = [int(n) for n in array[2].split(",") if n]
+    left, right = (shapes[name] for name in re.findall(r"%([\w.\-]+)", rest.split(")")[0])[:2])
+    if operation == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+        assert contracted
+        return 2.0 * math.prod(out) * math.prod(left[int(i)] for i in contracted[1].split(",") if i)
+    labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", rest)
+    assert labels
+    size = right[labels[1].index("i")]
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1]))
+    for i, n in enumerate(int(n) for n in window.get("size", "").split("x") if n):
+        steps = [int(window[key].split("x")[i]) for key in ("stride", "lhs_dilate") if key in window]
+        batches = n > 1 and n == out[labels[2].index(str(i))] and bool({n, n - 1}.intersection(steps))
+        padded = "pad" in window and window["pad"].split("x")[i].split("_")[0] == str(n - 1)
+        size *= 1 if batches or padded else n
+    return 2.0 * math.prod(out) * size
 
 
 def num_aliased(text: str) -> int:
@@ -93,15 +166,23 @@ def _walk(
                 kind = "reduce-scatter"
             yield (path, kind, channel[1] if channel else (name, own)), _collective(kind, line, result, loops)
         if operation == "while":
-            body = re.search(r"body=%?([\w.\-]+)", rest)
-            assert body
-            yield from _walk(computations, body[1], (*loops, _trips(computations, rest)), (*path, body[1]))
-        elif operation in ("call", "fusion", "conditional", "async-start"):
-            callees = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-                callees += re.findall(r"%?([\w.\-]+)", branches)
-            for callee in callees:
+            (body,) = _callees(operation, rest)
+            yield from _walk(computations, body, (*loops, _trips(computations, rest)), (*path, body))
+        else:
+            for callee in _callees(operation, rest):
                 yield from _walk(computations, callee, loops, path)
+
+
+def _callees(operation: str, rest: str) -> list[str]:
+    """Computations that an operation runs; of a loop, its body."""
+    if operation == "while":
+        return re.findall(r"body=%?([\w.\-]+)", rest)
+    if operation not in ("call", "fusion", "conditional", "async-start"):
+        return []
+    callees = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
+        callees += re.findall(r"%?([\w.\-]+)", branches)
+    return callees
 
 
 def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Collective:
@@ -110,7 +191,19 @@ def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Co
     operands = line.split("), ")[0]
     arrays = [(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(result + " " + operands)]
     dtype, shape = max(arrays, key=lambda a: BYTES[a[0]] * math.prod(a[1]))
-    return Collective(kind, dtype, shape, BYTES[dtype] * math.prod(shape), math.prod(loops), loops)
+    return Collective(kind, dtype, shape, BYTES[dtype] * math.prod(shape), math.prod(loops), loops, _groups(line))
+
+
+def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota is None:
+        return ()
+    dims = [int(n) for n in iota[3].split(",")]
+    order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(dims))
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+    return tuple(map(tuple, ids.tolist()))
 
 
 def _trips(computations: dict[str, list[str]], rest: str) -> int:

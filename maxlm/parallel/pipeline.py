@@ -169,26 +169,30 @@ class _Stage:
         """The head, on this stage's part of the tokens of the last stage's output."""
         microbatch = _at(self.schedule.forward.microbatch[:, -1], t)
         size = self.x.shape[2]
+        totals = {name: carry[name] for name in ("sums", "d_head") if name in carry}
 
-        def run(out: jax.Array) -> Any:
+        def run(totals: Carry, out: jax.Array) -> tuple[Carry, Any]:
             x = jnp.where(self.index == self.count - 1, out, jnp.zeros_like(out))
             x = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), x)
             cut = lambda x: lax.dynamic_slice_in_dim(x, self.index * size, size, 1)  # noqa: E731
             rows = jax.tree.map(cut, self._rows_of(microbatch))
             if not self.train:
-                return vary(self.pipeline.head(self.head, x, rows)[1], manual_axes()), (), ()
+                new = {"sums": self.pipeline.head(self.head, x, rows)[1]}
+                return jax.tree.map(_add, totals, new), ()
             grad = jax.grad(self.pipeline.head, argnums=(0, 1), has_aux=True)
             (d_head, dx), sums = grad(self.head, x, rows)
             d_out = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), dx)
-            return vary((sums, d_head, d_out), manual_axes())
+            return vary((jax.tree.map(_add, totals, {"sums": sums, "d_head": d_head}), d_out), manual_axes())
 
-        def skip(out: jax.Array) -> Any:
-            return vary(jax.tree.map(_zeros, jax.eval_shape(run, out)), manual_axes())
+        def skip(totals: Carry, out: jax.Array) -> tuple[Carry, Any]:
+            return totals, jnp.zeros_like(out) if self.train else ()
 
-        sums, d_head, d_out = run(out) if always else lax.cond(_at(self.schedule.head, t), run, skip, out)
-        carry["sums"] = jax.tree.map(jnp.add, carry["sums"], sums)
+        if always:
+            totals, d_out = run(totals, out)
+        else:  # the totals are inside: only where there is a loss are they added to
+            totals, d_out = lax.cond(_at(self.schedule.head, t), run, skip, totals, out)
+        carry.update(totals)
         if self.train:
-            carry["d_head"] = jax.tree.map(_add, carry["d_head"], d_head)
             slot = _at(self.schedule.head_write, t)
             carry["d_out"] = lax.dynamic_update_index_in_dim(carry["d_out"], d_out, slot, 0)
 
