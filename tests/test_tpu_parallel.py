@@ -1,0 +1,139 @@
+"""Collectives of every form of parallelism, in programs of the real TPU compiler: those declared, and no others.
+
+A table per mesh names what may run inside loops over layers or ticks: kind, mesh axes, and the largest array. What is
+not in the table fails the test, so that a weight whose sharding was forgotten, or a larger exchange, is noticed.
+"""
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import small_config
+
+from maxlm import hlo
+from maxlm.config import MeshConfig
+from maxlm.mesh import make_mesh
+from maxlm.step import build_program
+
+pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu"), pytest.mark.slow]
+
+L, D, F, V, H, N, B, T = 4, 2048, 5632, 8192, 128, 16, 16, 2048
+MODEL = {
+    "vocab_size": V,
+    "num_layers": L,
+    "d_model": D,
+    "d_ff": F,
+    "num_heads": N,
+    "num_kv_heads": 8,
+    "head_dim": H,
+    "dtype": "bfloat16",
+}
+SMALL = 1 << 20
+"""Bytes below which a collective is bookkeeping: norms' gradients, sums, row statistics."""
+
+
+@functools.cache
+def compiled(topology: str, num_slices: int = 1, **mesh):
+    from jax.experimental import topologies
+
+    config = small_config(model=MODEL, train={"batch_size": B, "seq_len": T})
+    devices = topologies.get_topology_desc(topology, "tpu", num_slices=num_slices).devices
+    sizes = MeshConfig(**mesh)
+    program = build_program(config.model_copy(update={"mesh": sizes}), make_mesh(sizes, devices))
+    with jax.set_mesh(program.mesh):
+        lowered = program.grads.lower(program.state_shapes["params"], program.batch_shapes)
+    return program, hlo.collectives(lowered.compile().as_text())
+
+
+def undeclared(program, found, declared: dict[tuple[str, str], int]) -> list[str]:
+    """Collectives in loops that the table does not name, or names with fewer bytes."""
+    wrong = []
+    for c in found:
+        if not c.loops or c.bytes <= SMALL:
+            continue
+        axes = "+".join(sorted(n.rstrip("0123456789") for n in c.axes(program.mesh.shape)))
+        if c.bytes > declared.get((c.kind, axes), 0):
+            wrong.append(f"{c.kind} over {axes}: {c.dtype}{list(c.shape)}, {c.bytes} bytes, {c.times} times")
+    return wrong
+
+
+def test_fsdp_and_tensor():
+    program, found = compiled("v5e:4x4", fsdp=8, tensor=2)
+    residual = 2 * (B // 8) * T * D
+    matrix = 2 * D * F // 2
+    declared = {
+        ("all-gather", "fsdp"): matrix,
+        ("reduce-scatter", "fsdp"): matrix,
+        ("all-reduce", "fsdp"): matrix,  # the last hop of a matrix whose shard is narrower than a tile's lanes
+        ("all-reduce", "tensor"): residual,
+        ("all-gather", "tensor"): residual,
+        ("reduce-scatter", "tensor"): residual,
+    }
+    assert undeclared(program, found, declared) == []
+
+
+def test_a_larger_or_another_collective_is_noticed():
+    program, found = compiled("v5e:4x4", fsdp=8, tensor=2)
+    assert undeclared(program, found, {})
+    assert undeclared(program, found, {("all-gather", "fsdp"): 2 * D * F // 2 - 1, ("all-reduce", "tensor"): 1 << 40})
+
+
+def test_slices_meet_outside_of_all_loops():
+    program, found = compiled("v5e:2x4", 2, slices=2, fsdp=4, tensor=2)
+    across = [c for c in found if "slice" in c.axes(program.mesh.shape)]
+    assert across, "gradients are summed over slices"
+    assert [c for c in across if c.loops] == []
+    own = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(program.state_shapes["params"]))
+    sent = sum(c.bytes for c in across if c.bytes > SMALL)
+    assert sent <= 1.1 * 4 * own, "each device sends its float32 shard of the gradients, once"
+
+
+@pytest.mark.parametrize("kind", ["ring", "gather"])
+def test_context_moves_keys_by_permutes_or_gathers(kind):
+    program, found = compiled("v5e:4x4", context=4, fsdp=4, context_attention=kind)
+    keys = 2 * (B // 4) * T * 8 * H  # of all shards
+    matrix = 2 * D * F
+    weights = dict.fromkeys([("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "fsdp")], matrix)
+    between = {
+        "ring": {("collective-permute", "context"): 2 * keys // 4},  # float32 gradients travel with the keys
+        "gather": {("all-gather", "context"): keys, ("reduce-scatter", "context"): 2 * keys},
+    }
+    assert undeclared(program, found, {**weights, **between[kind]}) == []
+    wanted = {"ring": "collective-permute", "gather": "all-gather"}[kind]
+    moved = [c for c in found if c.loops and c.kind == wanted and "context" in c.axes(program.mesh.shape)]
+    assert sum(c.times for c in moved) >= 2 * L
+
+
+def figures_tool():
+    spec = importlib.util.spec_from_file_location("f", Path(__file__).parent.parent / "tools" / "pipeline_figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pipeline():
+    """Memory that does not grow with microbatches, weights gathered once a step, activations alone in the loops."""
+    tool = figures_tool()
+    program, step = tool.compile_gradients({**tool.PIPELINE, "rounds": 4}, 16)
+    assert step.memory_analysis().temp_size_in_bytes <= 1500 * 2**20
+    found = hlo.collectives(step.as_text())
+    residual = 2 * (tool.MICROBATCH // 2) * 1024 * 2048
+    declared = {
+        ("collective-permute", "stage"): residual,
+        ("all-gather", "stage"): residual,
+        ("reduce-scatter", "stage"): residual,
+        ("all-reduce", "stage"): residual,
+        ("all-reduce", "tensor"): 2 * residual,
+        ("collective-permute", "tensor"): residual,
+    }
+    assert undeclared(program, found, declared) == []
+    once = [c for c in found if not c.loops and c.kind == "all-gather" and c.axes(program.mesh.shape) == {"fsdp"}]
+    weights = sum(
+        math.prod(x.shape) // (2 if "V" in d else 8)
+        for d, x in zip(jax.tree.leaves(program.dims), jax.tree.leaves(program.state_shapes["params"]), strict=True)
+    )
+    gathered = sum(c.bytes * c.times for c in once)
+    assert gathered <= 1.01 * 2 * (weights + 32768 * 2048 // 2), "each weight once, the embedding for both of its uses"
