@@ -187,3 +187,17 @@ def test_hosts_that_were_asked_for_different_things_end_together(tmp_path):
     processes = start_hosts(write_config(tmp_path, "r"), 2, arguments={1: ["mesh.tensor=3"]})
     said = finish(processes, [1, 1])
     assert "failed: ConfigError: mesh data 1 x fsdp 2 x tensor 3 needs 6 devices" in said[0]
+
+
+@pytest.mark.parametrize("launcher", ["by hand", "slurm", "open mpi"])
+def test_the_doctor_examines_all_hosts_however_they_find_each_other(launcher, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = {0: ["--json"], 1: [f"run.root={tmp_path}/file/x"]}
+    processes = start_hosts(write_config(tmp_path, "r"), 2, "doctor", arguments, launcher)
+    first, other = finish(processes, [1, 1])
+    said = json.loads(first[first.index("{") :])
+    rows = {row["name"]: row for rows in said["sections"].values() for row in rows}
+    assert rows["devices"]["num_hosts"] == 2 and rows["devices"]["num_devices"] == 4
+    assert rows["fsdp all-reduce"]["ok"] and rows["tensor ppermute"]["ok"]
+    assert [name for name, row in rows.items() if row["ok"] is False] == ["host 1: run.root"]
+    assert "software" not in other
