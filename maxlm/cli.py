@@ -17,6 +17,7 @@ EPILOG = """examples:
   maxlm train configs/quickstart.yaml train.steps=400     the same run, longer
   maxlm config configs/quickstart.yaml mesh.tensor=2      what would run
   maxlm data build docs/ --out stores/docs                text to a token store
+  maxlm doctor configs/quickstart.yaml                    is this machine fit for it
   maxlm report runs/a runs/b                              compare two runs
 """
 
@@ -80,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FOLDER", help="where the report goes (default: RUN; for several, here)")
     report.add_argument("--json", action="store_true", help="print the figures as JSON and draw nothing")
     report.set_defaults(run=_report)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check versions, devices, the mesh's collectives and disks",
+        description="Prints what this machine is and whether a run's devices, mesh and folders work, for a bug report. "
+        "Of many hosts all run it, and the first prints. Without CONFIG: all devices on one axis. "
+        "Exit code 1 if a check failed.",
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file of the run to check for")
+    doctor.add_argument("overrides", metavar="section.field=value", nargs="*", help="settings that replace the file's")
+    doctor.add_argument("--json", action="store_true", help="print JSON, with everything that is known")
+    doctor.set_defaults(run=_doctor)
 
     from maxlm.data import cli as data_cli
 
@@ -155,6 +168,13 @@ def _report(args: argparse.Namespace) -> int:
     for path in report.write_report(args.runs, args.out):
         print(path)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides) if args.config else None
+    from maxlm.doctor import doctor
+
+    return doctor(config, as_json=args.json)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from maxlm import hosts
 from maxlm.config import AXES, Config, MeshConfig
 from maxlm.config_file import ConfigError
 
@@ -16,12 +17,10 @@ from maxlm.config_file import ConfigError
 def start_devices(config: MeshConfig) -> list[Any]:
     """Starts the backend and returns the devices of the run; joins the other hosts of a pod first.
 
-    Hosts find each other on Cloud TPU pods and under SLURM (srun); elsewhere by JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single host needs nothing. With fake_devices the run uses that many CPU
-    devices.
+    How hosts find each other is told in hosts.join. With fake_devices the run uses that many CPU devices.
 
     Raises:
-        ConfigError: fake_devices is set after JAX has started with fewer devices.
+        ConfigError: fake_devices is set after JAX has started with fewer devices, or the hosts cannot meet.
     """
     if config.fake_devices:
         # many devices share few cores: a slow collective is to be waited for
@@ -42,9 +41,9 @@ def start_devices(config: MeshConfig) -> list[Any]:
                 "set it before anything else uses JAX"
             )
         return devices[: config.fake_devices]
-    if not jax.distributed.is_initialized():
-        _join_hosts()
-    return jax.devices()
+    hosts.join()
+    with hosts.end_together():  # all hosts start their devices, or none does
+        return jax.devices()
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -158,24 +157,6 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
             f"train.seq_len={train.seq_len} does not divide into {parts} parts (context {sizes['context']}, in halves, "
             f"x stage {sizes['stage']}); use train.seq_len={max(1, round(train.seq_len / parts)) * parts}"
         )
-
-
-def _join_hosts() -> None:
-    env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env:
-        try:
-            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        except (KeyError, ValueError):
-            raise ConfigError(
-                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to numbers"
-            ) from None
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
-    elif (
-        "," in env.get("TPU_WORKER_HOSTNAMES", "")
-        or "MEGASCALE_COORDINATOR_ADDRESS" in env
-        or ("SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1)
-    ):
-        jax.distributed.initialize()
 
 
 def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:

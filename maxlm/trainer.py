@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from maxlm import ending, storage
+from maxlm import ending, hosts, storage
 from maxlm.checkpoint import Checkpoints
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
@@ -79,12 +79,13 @@ def train(
 
     # ---- devices and mesh
     devices = start_devices(config.mesh)
-    sizes = axis_sizes(config.mesh, len(devices))
-    check_fit(config, sizes)
-    mesh = make_mesh(config.mesh, devices)
-    _use_compilation_cache(config.train.compilation_cache)
+    # the other hosts hear of a failure before what cleans up after it waits for them
+    with contextlib.ExitStack() as stack, hosts.end_together():
+        sizes = axis_sizes(config.mesh, len(devices))
+        check_fit(config, sizes)
+        mesh = make_mesh(config.mesh, devices)
+        _use_compilation_cache(config.train.compilation_cache)
 
-    with contextlib.ExitStack() as stack:
         # ---- run folder and data: never two runs in one folder, never other data in the same run
         folder = stack.enter_context(RunFolder(config))
         source, data_id = _open_data(config, data)
