@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-fast test-oracles lint format lock clean
+.PHONY: help quickstart install test test-long test-fast test-oracles lint format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,13 +27,17 @@ quickstart: ## install into .venv and train a small model on this machine
 install: ## install into .venv for development, run nothing
 	@tools/venv.sh test,lint
 
-test: ## run every test but the oracles
+test: ## run the tests
 	@tools/venv.sh test
-	$(PYTEST) -m "not oracle" $(ARGS)
+	$(PYTEST) -m "not oracle and not long" $(ARGS)
+
+test-long: ## run the rest: the parity matrix, TPU programs of every mesh, many hosts, whole programs
+	@tools/venv.sh test
+	$(PYTEST) -m "long and not oracle" $(ARGS)
 
 test-fast: ## run only what takes seconds, without the TPU compiler
 	@tools/venv.sh test
-	$(PYTEST) -m "not slow and not oracle and not tpu" $(ARGS)
+	$(PYTEST) -m "not slow and not long and not oracle and not tpu" $(ARGS)
 
 test-oracles: ## compare with torch, transformers and aqtp (installs them: gigabytes)
 	@tools/venv.sh test,oracles

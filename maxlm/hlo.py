@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+BETWEEN_SLICES = "send between slices"
+"""Kind of what crosses the data-centre network: the TPU compiler makes host transfers of it."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OPERATION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
@@ -25,7 +27,7 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-        kind: one of KINDS. On TPU a reduce-scatter may be compiled as an all-reduce-scatter fusion; it counts as one.
+        kind: one of KINDS, or BETWEEN_SLICES. On TPU a reduce-scatter may be compiled as an all-reduce-scatter fusion; it counts as one.
         dtype: element type of its largest array.
         shape: shape of its largest array, which is whole for all-gather and reduce-scatter.
         bytes: bytes of that array, on one device.
@@ -44,6 +46,8 @@ class Collective:
 
     def axes(self, mesh: Mapping[str, int]) -> frozenset[str]:
         """Names of the mesh axes along which it moves data. Args: mesh: sizes by name, as Mesh.shape gives them."""
+        if self.kind == BETWEEN_SLICES:
+            return frozenset({"slice"})
         places = np.indices(tuple(mesh.values())).reshape(len(mesh), -1)
         groups = self.groups or (tuple(range(places.shape[1])),)  # none named is all
         moved = [np.ptp(places[:, list(group)], axis=1) > 0 for group in groups]
@@ -160,7 +164,9 @@ def _walk(
             continue
         own, result, operation, rest = match.groups()
         kind = operation.removesuffix("-start")
-        if kind in KINDS:
+        if operation == "send" and "xla_megascale_runtime" in rest:
+            kind = BETWEEN_SLICES
+        if kind in (*KINDS, BETWEEN_SLICES):
             channel = re.search(r"channel_id=(\d+)", rest)
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
@@ -197,6 +203,13 @@ def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Co
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line):
+        mesh = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = [name in re.findall(r"'(\w+)'", named[2]) for name in mesh]
+        ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+        ids = ids.transpose(np.argsort(inside, kind="stable"))
+        width = math.prod(size for size, grouped in zip(mesh.values(), inside, strict=True) if grouped)
+        return tuple(map(tuple, ids.reshape(-1, width).tolist()))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if iota is None:
         return ()

@@ -25,7 +25,7 @@ def config(root, steps, **checkpoint):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket_resumes_as_a_local_one_does(tmp_path):
     pytest.importorskip("gcsfs", reason="gcsfs not installed; install with: pip install 'maxlm[buckets]'")
     with gcs_bucket() as root:

@@ -23,6 +23,8 @@ from maxlm.data.build import ensure_stores
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.long
+
 
 def write_config(folder, name, **train):
     text = folder / "text.txt"
@@ -131,7 +133,6 @@ def test_hosts_that_cannot_meet_say_what_is_missing(variables, words, monkeypatc
         hosts.join()
 
 
-@pytest.mark.slow
 def test_two_and_four_hosts_train_as_one_does(tmp_path):
     maxlm.train(load_config(write_config(tmp_path, "one"), ["mesh.fake_devices=4"]))
     assert len(losses(tmp_path / "one")) == 8
@@ -142,7 +143,6 @@ def test_two_and_four_hosts_train_as_one_does(tmp_path):
         assert not any("step" in other for other in others), "one host prints"
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_of_them_at_one_step(tmp_path):
     processes = start_hosts(write_config(tmp_path, "r", steps=100_000), 2)
     wait_for_steps(tmp_path / "r", processes)
@@ -153,7 +153,6 @@ def test_a_signal_to_one_host_stops_all_of_them_at_one_step(tmp_path):
     assert Checkpoints(str(tmp_path / "r"), CheckpointConfig()).latest() == step
 
 
-@pytest.mark.slow
 def test_an_error_on_one_host_ends_all_and_is_shown_by_all(tmp_path):
     """Its own copy of the token store loses its end in the middle of the run."""
     config = write_config(tmp_path, "r", steps=100_000)
@@ -171,7 +170,6 @@ def test_an_error_on_one_host_ends_all_and_is_shown_by_all(tmp_path):
     assert f"failed: StorageError: cannot read {shard}: it ends before byte" in said[0]
 
 
-@pytest.mark.slow
 def test_a_killed_host_ends_the_others_and_is_named(tmp_path):
     processes = start_hosts(write_config(tmp_path, "r", steps=100_000), 2)
     wait_for_steps(tmp_path / "r", processes)
@@ -182,7 +180,6 @@ def test_a_killed_host_ends_the_others_and_is_named(tmp_path):
     assert "host 1 gave no sign of life" in said[0]
 
 
-@pytest.mark.slow
 def test_hosts_that_were_asked_for_different_things_end_together(tmp_path):
     processes = start_hosts(write_config(tmp_path, "r"), 2, arguments={1: ["mesh.tensor=3"]})
     said = finish(processes, [1, 1])

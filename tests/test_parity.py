@@ -19,6 +19,8 @@ from helpers import (
 
 from maxlm.sharding import compute_spec
 
+pytestmark = pytest.mark.long
+
 SIZES = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 6, "d_model": 24, "d_ff": 40, "vocab_multiple": 8}
 FEW_HEADS = {"num_kv_heads": 2, "attention_bias": "all", "qk_norm": True}
 GPT2 = {

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.long
+
 
 def figures(*command):
     """What a program prints with --json. Exit code 1 says that a wanted speed was missed, which is no matter here."""
@@ -21,21 +23,18 @@ def figures(*command):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_bench_loader():
     result = figures("tools/bench_loader.py", "--megabytes", "8", "--steps", "8", "--batch-size", "8")
     assert result["tokens_per_cpu_s"] > 0
     assert result["tokens"] == 8 * 8 * 2048
 
 
-@pytest.mark.slow
 def test_bench_build(tmp_path):
     (tmp_path / "a.txt").write_text(Path(__file__).read_text() * 50)
     result = figures("tools/bench_build.py", "--text", str(tmp_path), "--repeat", "1", "--rounds", "1")
     assert result["ratio_to_encode_batch"] > 0
 
 
-@pytest.mark.slow
 def test_bench_start(tmp_path):
     (tmp_path / "a.txt").write_text(Path(__file__).read_text() * 20)
     store = {"path": str(tmp_path / "store"), "text": [str(tmp_path / "a.txt")]}

@@ -18,7 +18,7 @@ from maxlm.config import MeshConfig
 from maxlm.mesh import make_mesh
 from maxlm.step import build_program
 
-pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu"), pytest.mark.slow]
+pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu"), pytest.mark.long]
 
 L, D, F, V, H, N, B, T = 4, 2048, 5632, 8192, 128, 16, 16, 2048
 MODEL = {
@@ -83,7 +83,7 @@ def test_a_larger_or_another_collective_is_noticed():
 
 def test_slices_meet_outside_of_all_loops():
     program, found = compiled("v5e:2x4", 2, slices=2, fsdp=4, tensor=2)
-    across = [c for c in found if "slice" in c.axes(program.mesh.shape)]
+    across = [c for c in found if c.kind == hlo.BETWEEN_SLICES or "slice" in c.axes(program.mesh.shape)]
     assert across, "gradients are summed over slices"
     assert [c for c in across if c.loops] == []
     own = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(program.state_shapes["params"]))
@@ -95,7 +95,7 @@ def test_slices_meet_outside_of_all_loops():
 def test_context_moves_keys_by_permutes_or_gathers(kind):
     program, found = compiled("v5e:4x4", context=4, fsdp=4, context_attention=kind)
     keys = 2 * (B // 4) * T * 8 * H  # of all shards
-    matrix = 2 * D * F
+    matrix = int(1.1 * 2 * D * F)  # a scatter may be padded to whole tiles
     weights = dict.fromkeys([("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "fsdp")], matrix)
     between = {
         "ring": {("collective-permute", "context"): 2 * keys // 4},  # float32 gradients travel with the keys

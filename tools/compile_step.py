@@ -39,7 +39,7 @@ def figures(config_path: str, overrides: list[str], topology: str) -> dict[str, 
     """
     config = load_config(config_path, overrides)
     single = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
-    devices = topologies.get_topology_desc(topology, "tpu", **single).devices
+    devices = topologies.get_topology_desc(topology, "tpu", num_slices=config.mesh.slices, **single).devices
     sizes = axis_sizes(config.mesh, len(devices))
     check_fit(config, sizes)
     program = build_program(config, make_mesh(config.mesh, devices))
@@ -48,8 +48,10 @@ def figures(config_path: str, overrides: list[str], topology: str) -> dict[str, 
     memory, chip = compiled.memory_analysis(), detect(devices[0])
     moved: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"times": 0, "bytes": 0})
     for c in hlo.collectives(compiled.as_text()):
-        moved[c.kind]["times"] += c.times
-        moved[c.kind]["bytes"] += c.times * c.bytes
+        axes = sorted({name.rstrip("0123456789") for name in c.axes(program.mesh.shape)})
+        total = moved[f"{c.kind} over {' and '.join(axes) or 'nothing'}"]
+        total["times"] += c.times
+        total["bytes"] += c.times * c.bytes
     return {
         "topology": topology,
         "mesh": sizes,
@@ -60,7 +62,7 @@ def figures(config_path: str, overrides: list[str], topology: str) -> dict[str, 
         "state_bytes": bytes_per_device(program.state_shapes),
         "temporary_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
-        "collectives": dict(moved),
+        "collectives": dict(sorted(moved.items(), key=lambda item: -item[1]["bytes"])),
     }
 
 
@@ -83,7 +85,7 @@ def main() -> int:
     for key, value in result.items():
         if key == "collectives":
             for kind, total in value.items():
-                print(f"{kind:<18} {total['times']:>6} times, {units.size(total['bytes'])}")
+                print(f"{kind:<40} {total['times']:>6} times, {units.size(total['bytes'])}")
         else:
             print(f"{key:<18} {units.size(value) if key.endswith('_bytes') and value else value}")
     return 0
