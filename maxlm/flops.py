@@ -94,4 +94,3 @@ def _mlp_weights(model: ModelConfig) -> int:
 def _mean_keys(model: ModelConfig, kind: str, seq_len: int) -> float:
     window = min(model.sliding_window or seq_len, seq_len) if kind == "local" else seq_len
     return window - window * window / (2 * seq_len)
-

@@ -27,7 +27,8 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-        kind: one of KINDS, or BETWEEN_SLICES. On TPU a reduce-scatter may be compiled as an all-reduce-scatter fusion; it counts as one.
+        kind: one of KINDS, or BETWEEN_SLICES. On TPU a reduce-scatter may be compiled as an all-reduce-scatter fusion;
+            it counts as one.
         dtype: element type of its largest array.
         shape: shape of its largest array, which is whole for all-gather and reduce-scatter.
         bytes: bytes of that array, on one device.
@@ -57,8 +58,8 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All collectives that the program executes, in order of the text.
 
-    A collective that the TPU compiler runs beside other work stands in several fusions, all with its channel: it is
-    counted once.
+    A collective that the TPU compiler runs beside other work stands in several fusions, with the same channel, chain
+    and source: it is counted once.
 
     Raises:
         ValueError: the text is no compiled HLO module.
@@ -95,8 +96,11 @@ def matmul_flops(text: str, taken: float = 1.0) -> float:
             _, result, operation, rest = match.groups()
             if operation in ("dot", "convolution"):
                 total += times * _product_flops(operation, result, rest, shapes[name])
-            often = {"while": lambda: _trips(computations, rest), "conditional": lambda: taken}
-            inside = times * often.get(operation, lambda: 1)()
+            inside = times
+            if operation == "while":
+                inside *= _trips(computations, rest)
+            elif operation == "conditional":
+                inside *= taken
             total += sum(walk(callee, inside) for callee in _callees(operation, rest))
         return total
 
@@ -155,7 +159,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(
-    computations: dict[str, list[str]], name: str, loops: tuple[int, ...], path: tuple[str, ...]
+    computations: dict[str, list[str]], name: str, loops: tuple[int, ...], path: tuple[str, ...], fused: bool = False
 ) -> Iterator[tuple[Any, Collective]]:
     """Collectives below a computation, each with a key by which its copies are known; path names the loops' bodies."""
     for line in computations.get(name, ()):
@@ -167,16 +171,17 @@ def _walk(
         if operation == "send" and "xla_megascale_runtime" in rest:
             kind = BETWEEN_SLICES
         if kind in (*KINDS, BETWEEN_SLICES):
-            channel = re.search(r"channel_id=(\d+)", rest)
+            marks = re.findall(r'(?:channel_id|chain_id|op_name)="?([^",]*)', rest)
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
-            yield (path, kind, channel[1] if channel else (name, own)), _collective(kind, line, result, loops)
+            array = re.sub(r"\{[^}]*\}", "", result)  # copies differ in their layouts
+            yield (path, kind, array, *marks) if fused else (name, own), _collective(kind, line, result, loops)
         if operation == "while":
             (body,) = _callees(operation, rest)
             yield from _walk(computations, body, (*loops, _trips(computations, rest)), (*path, body))
         else:
             for callee in _callees(operation, rest):
-                yield from _walk(computations, callee, loops, path)
+                yield from _walk(computations, callee, loops, path, fused or operation == "fusion")
 
 
 def _callees(operation: str, rest: str) -> list[str]:
@@ -201,22 +206,29 @@ def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Co
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+    """Groups in any of the forms in which XLA writes them: listed, as a reshaped range, or as axes of a mesh."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
         return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line):
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if ranged := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={order}", line):
+        ids = _device_range(ranged[3], ranged[4]).reshape(int(ranged[1]), int(ranged[2]))
+        return tuple(map(tuple, ids.tolist()))
+    named = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order}\))? *\{{([^}}]*)\}}", line)
+    if named:
         mesh = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = [name in re.findall(r"'(\w+)'", named[2]) for name in mesh]
-        ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
-        ids = ids.transpose(np.argsort(inside, kind="stable"))
+        inside = [name in re.findall(r"'(\w+)'", named[4]) for name in mesh]
+        ids = _device_range(named[2] or str(math.prod(mesh.values())), named[3]).reshape(tuple(mesh.values()))
         width = math.prod(size for size, grouped in zip(mesh.values(), inside, strict=True) if grouped)
-        return tuple(map(tuple, ids.reshape(-1, width).tolist()))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if iota is None:
-        return ()
-    dims = [int(n) for n in iota[3].split(",")]
-    order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(dims))
-    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
-    return tuple(map(tuple, ids.tolist()))
+        return tuple(map(tuple, ids.transpose(np.argsort(inside, kind="stable")).reshape(-1, width).tolist()))
+    if re.search(r"replica_groups=(?!\{\})", line):
+        raise ValueError(f"unknown form of replica groups: {line[line.index('replica_groups') :][:200]}")
+    return ()
+
+
+def _device_range(dims: str, order: str | None) -> np.ndarray:
+    shape = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _trips(computations: dict[str, list[str]], rest: str) -> int:
