@@ -21,7 +21,7 @@ from maxlm.config import Config
 from maxlm.kernels.attention import attention
 from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
 from maxlm.model.param import dims_of
-from maxlm.model.stack import run_layers
+from maxlm.model.stack import Aux, run_layers
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
 from maxlm.schedule import make_schedule
@@ -133,11 +133,11 @@ class Program:
     def logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
         """float32 logits [B, T, V] of rows [B, T], or [B, 1, V] of position `at` alone."""
         if self._order is None:
-            return self._logits(params, rows, at)
+            return self._logits(params, rows, at)[0]
         back = jnp.asarray(np.argsort(self._order))
         if at is not None:
-            return self._logits(params, self._arrange(rows, "BS"), back[at])
-        logits_BTV = self._logits(params, self._arrange(rows, "BS"))
+            return self._logits(params, self._arrange(rows, "BS"), back[at])[0]
+        logits_BTV, _ = self._logits(params, self._arrange(rows, "BS"))
         return jax.reshard(logits_BTV, compute_spec("BSV"))[:, back]
 
     @cached_property
@@ -153,7 +153,7 @@ class Program:
         spec = compute_spec(dims.replace("S", "T"))
         return {key: jax.reshard(x[..., self._order], spec) for key, x in batch.items()}
 
-    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> jax.Array:
+    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         kind = self.config.mesh.context_attention
         kernel = attention if self._order is None else partial(context_attention, kind)
         stack = partial(run_layers, kernel=kernel, remat=self.config.train.remat)
@@ -203,7 +203,7 @@ class Program:
         return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV = self._logits(params, rows)
+        logits_BTV, _ = self._logits(params, rows)
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
         if self.token_loss is None:
@@ -213,7 +213,7 @@ class Program:
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            logits_BTV = self._logits(params, rows)
+            logits_BTV, _ = self._logits(params, rows)
             loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 

@@ -19,6 +19,9 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projection outputs; attention runs again
 }
 
+Aux = dict[str, jax.Array]
+"""What layers report beside the residual stream: float32 scalars, summed over layers; dense ones report nothing."""
+
 
 class Block(nnx.Module):
     """Attention and MLP, each with its norms, added to the residual stream."""
@@ -62,7 +65,7 @@ def run_layers(
     *,
     kernel: AttentionKernel,
     remat: str,
-) -> jax.Array:
+) -> tuple[jax.Array, Aux]:
     """Runs all blocks in order; weights are gathered one repeat of the pattern at a time.
 
     Args:
@@ -72,20 +75,60 @@ def run_layers(
         segments_BT: int32 document numbers.
         kernel: attention kernel.
         remat: a key of REMAT_POLICIES.
+
+    Returns:
+        The residual stream, and the sums over layers of what they add up beside it.
     """
     graphdef, state = nnx.split(layers)
     dims = dims_of(state)
 
-    def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, None]:
-        weights = jax.tree.map(lambda v, d: v.replace(gather(v[...], d, x.dtype)), repeat, dims, is_leaf=_is_variable)
-        blocks = nnx.merge(graphdef, weights)
-        for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
-            x = blocks[str(i)](x, positions_BT, segments_BT, kernel)
-        return x, None
+    def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, Aux]:
+        weights = gather_weights(repeat, dims, x.dtype)
+        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, kernel=kernel)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x_BTD, state)[0]
+    x_BTD, aux = jax.lax.scan(body, x_BTD, state)
+    return x_BTD, jax.tree.map(lambda values: values.sum(), aux)
+
+
+def run_repeat(
+    graphdef: Any,
+    weights: Any,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    kernel: AttentionKernel,
+) -> tuple[jax.Array, Aux]:
+    """Runs the blocks of one repeat of the layer pattern.
+
+    Args:
+        graphdef: structure of the layers, from nnx.split.
+        weights: their state for this repeat (no L), from gather_weights.
+        x_BTD: residual stream; its dtype is the compute dtype.
+        positions_BT: int32 positions within documents.
+        segments_BT: int32 document numbers.
+        kernel: attention kernel.
+
+    Returns:
+        The residual stream, and what the blocks add up beside it.
+    """
+    blocks, aux = nnx.merge(graphdef, weights), {}
+    for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
+        x_BTD = blocks[str(i)](x_BTD, positions_BT, segments_BT, kernel)
+    return x_BTD, aux
+
+
+def gather_weights(state: Any, dims: Any, dtype: Any) -> Any:
+    """Brings the weights of one repeat into use: cast to the compute dtype, whole over fsdp.
+
+    Args:
+        state: float32 weights as sharding.enter_step left them.
+        dims: their dimension letters, from dims_of.
+        dtype: compute dtype.
+    """
+    return jax.tree.map(lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims, is_leaf=_is_variable)
 
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:

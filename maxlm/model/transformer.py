@@ -10,11 +10,11 @@ from flax import nnx
 from maxlm.config import ModelConfig
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
-from maxlm.model.stack import make_layers
+from maxlm.model.stack import Aux, gather_weights, make_layers
 from maxlm.sharding import compute_spec, constrain, einsum, gather
 
-Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD."""
+Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]]
+"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD and sums of what layers report."""
 
 
 class Transformer(nnx.Module):
@@ -40,7 +40,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array,
         stack: Stack,
         at: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Aux]:
         """Predicts the next token at every position, or at one.
 
         Args:
@@ -51,7 +51,8 @@ class Transformer(nnx.Module):
             at: int32 scalar; only the logits of this position are computed, and T is 1 in what is returned.
 
         Returns:
-            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled.
+            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
+            and the sums over layers of what they report.
         """
         dtype = jnp.dtype(self.config.dtype)
         embed_VD = gather(self.embed[...], "VD", dtype)
@@ -60,7 +61,7 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, dtype)
         if self.positions is not None:
             x_BTD = x_BTD + _lookup(gather(self.positions[...], "TD", dtype), positions_BT)
-        x_BTD = stack(self.layers, x_BTD, positions_BT, segments_BT)
+        x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
         x_BTD = self._final_norm(dtype)(x_BTD)
@@ -69,15 +70,11 @@ class Transformer(nnx.Module):
         else:
             unembed_DV = gather(self.unembed[...], "DV", dtype)
             logits_BTV = einsum("BTD,DV->BTV", x_BTD, unembed_DV, preferred_element_type=jnp.float32)
-        return self._finish(logits_BTV)
+        return self._finish(logits_BTV), aux
 
     def _final_norm(self, dtype: Any) -> Norm:
         graphdef, state = nnx.split(self.final_norm)
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        gathered = jax.tree.map(
-            lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims_of(state), is_leaf=is_variable
-        )
-        return nnx.merge(graphdef, gathered)
+        return nnx.merge(graphdef, gather_weights(state, dims_of(state), dtype))
 
     def _finish(self, logits_BTV: jax.Array) -> jax.Array:
         config = self.config
