@@ -106,8 +106,10 @@ def _forward(
         new_top = jnp.maximum(top, logits.max(-1))
         weights = jnp.where(seen, jnp.exp(logits - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
-        new_sums = jnp.einsum("btkgs,bskh->btkgh", weights.astype(v.dtype), _cut(kv, keys)[1])
-        new = new_top, total * shrink + weights.sum(-1), sums * shrink[..., None] + new_sums
+        products = jnp.einsum(
+            "btkgs,bskh->btkgh", weights.astype(v.dtype), _cut(kv, keys)[1], preferred_element_type=jnp.float32
+        )
+        new = new_top, total * shrink + weights.sum(-1), sums * shrink[..., None] + products
         return tuple(x.at[:, rows].set(y) for x, y in zip(state, new, strict=True))
 
     (top, total, sums), _ = _rounds(options, own, start, (), see)
