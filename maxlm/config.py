@@ -55,6 +55,17 @@ class MeshConfig(Section):
         description="How queries meet keys of other context shards: keys travel around a ring (less memory), or are "
         "gathered (fewer, larger messages).",
     )
+    expert_dispatch: Literal["auto", "gather", "exchange"] = Field(
+        "auto",
+        description="How tokens meet experts of other devices: all tokens are gathered over the expert axis, or each "
+        "is sent to its experts alone (exchange; TPU and GPU). auto exchanges on TPU and gathers elsewhere.",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Rows that a device keeps for tokens of its experts, as a multiple of the mean; what overflows is "
+        "dropped and counted as dropped_tokens. null: room for the worst case, nothing is ever dropped.",
+    )
     fake_devices: Positive | None = Field(
         None, description="Run on this many fake CPU devices, to try a mesh without an accelerator."
     )
@@ -67,6 +78,8 @@ class MeshConfig(Section):
                 raise ValueError(f"{name}={size} is not a number of devices; use 1 or more, or -1 to fill what is left")
         if len(free) > 1:
             raise ValueError(f"only one axis may be -1, but {' and '.join(free)} are; give one of them a size")
+        if self.fake_devices and self.expert_dispatch == "exchange" and self.expert != 1:
+            raise ValueError("expert_dispatch=exchange needs ragged_all_to_all, which CPUs do not have; use gather")
         return self
 
 

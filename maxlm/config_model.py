@@ -27,7 +27,7 @@ class ModelConfig(Section):
     )
     num_layers: Positive = Field(description="Transformer blocks, as a count.")
     d_model: Positive = Field(description="Width of the residual stream, in features.")
-    d_ff: Positive = Field(description="Hidden width of the MLP, in features.")
+    d_ff: Positive = Field(description="Hidden width of a dense layer's MLP, in features.")
     num_heads: Positive = Field(description="Query heads, as a count.")
     num_kv_heads: Positive | None = Field(None, description="Key/value heads (GQA); null means num_heads.")
     head_dim: Positive | None = Field(None, description="Features per head; null means d_model / num_heads.")
@@ -56,6 +56,36 @@ class ModelConfig(Section):
     mlp_bias: bool = Field(False, description="Biases on the MLP's matrices.")
     attention_bias: Literal["none", "qkv", "all"] = Field(
         "none", description="Biases on the query/key/value projections, or on the output projection as well."
+    )
+
+    num_experts: Positive | None = Field(
+        None, description="Routed experts of a layer, as a count; null means dense layers."
+    )
+    experts_per_token: Positive | None = Field(
+        None, description="Routed experts that a token visits, as a count; needed with num_experts."
+    )
+    expert_d_ff: Positive | None = Field(None, description="Hidden width of one expert, in features; null means d_ff.")
+    num_shared_experts: Count = Field(
+        0, description="Experts that every token visits, as a count: one MLP of their joint width."
+    )
+    num_dense_layers: Count = Field(
+        0, description="Leading layers that have a dense MLP of width d_ff instead of experts, as a count."
+    )
+    router_scores: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="Scores are a softmax over all experts, or a sigmoid for each (DeepSeek-V3)."
+    )
+    router_normalize: bool = Field(True, description="A token's weights of its experts are divided by their sum.")
+    router_scale: float = Field(1.0, gt=0, description="Weights of experts are multiplied by this, afterwards.")
+    aux_loss: NonNegative = Field(
+        0.0, description="Weight of each layer's load-balancing loss, which is 1 when balanced (Switch, equation 4)."
+    )
+    router_z_loss: NonNegative = Field(
+        0.0, description="Weight of each layer's mean log(Z)**2 of router logits (ST-MoE, equation 5)."
+    )
+    router_bias_rate: NonNegative = Field(
+        0.0,
+        description="Step of the per-expert bias that balances load without a loss (arXiv:2408.15664), in units of "
+        "scores; 0 means no bias. DeepSeek-V3 uses 0.001.",
     )
 
     layer_pattern: tuple[Literal["global", "local"], ...] = Field(
@@ -88,6 +118,16 @@ class ModelConfig(Section):
         return self.head_dim or self.d_model // self.num_heads
 
     @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert, after the default."""
+        return self.expert_d_ff or self.d_ff
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding table, padding included."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
@@ -118,6 +158,52 @@ class ModelConfig(Section):
                 f"RoPE rotates pairs, but head size {self.head_size} x rope_fraction={self.rope_fraction} is odd"
             )
         return self
+
+    @model_validator(mode="after")
+    def _consistent_experts(self) -> "ModelConfig":
+        if self.num_experts is None:
+            for name in EXPERT_FIELDS:
+                if (value := getattr(self, name)) != ModelConfig.model_fields[name].default:
+                    raise ValueError(f"{name}={value} needs num_experts; without it all layers are dense")
+            return self
+        if self.experts_per_token is None:
+            raise ValueError(f"num_experts={self.num_experts} needs experts_per_token, the experts that a token visits")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; lower it"
+            )
+        if self.experts_per_token == 1 and self.router_normalize:
+            raise ValueError(
+                "experts_per_token=1 with router_normalize=true gives every expert the weight 1, from which the router "
+                "learns nothing; set router_normalize=false"
+            )
+        if self.num_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} leaves none of num_layers={self.num_layers} for experts"
+            )
+        if self.num_dense_layers % len(self.layer_pattern):
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} is not a multiple of layer_pattern's "
+                f"{len(self.layer_pattern)} kinds"
+            )
+        if self.mlp_bias:
+            raise ValueError("mlp_bias=true does not go with num_experts; experts have no biases")
+        return self
+
+
+EXPERT_FIELDS = (
+    "experts_per_token",
+    "expert_d_ff",
+    "num_shared_experts",
+    "num_dense_layers",
+    "router_scores",
+    "router_normalize",
+    "router_scale",
+    "aux_loss",
+    "router_z_loss",
+    "router_bias_rate",
+)
+"""Fields that mean nothing without num_experts."""
 
 
 def divisor_at_most(n: int, limit: int) -> int:

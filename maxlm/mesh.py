@@ -119,9 +119,12 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
         ConfigError: names the field, its value, and a value that fits.
     """
     model, train = config.model, config.train
+    experts = model.num_experts or 0
     for field, value, axis in (
         ("model.num_heads", model.num_heads, "tensor"),
-        ("model.d_ff", model.d_ff, "tensor"),
+        ("model.d_ff", 0 if experts and not model.num_dense_layers else model.d_ff, "tensor"),
+        ("model.expert_d_ff", model.expert_width if experts else 0, "tensor"),
+        ("model.num_experts", experts, "expert"),
         ("model.vocab_size, padded to vocab_multiple,", model.padded_vocab, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
     ):

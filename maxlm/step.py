@@ -19,15 +19,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm import optim
 from maxlm.config import Config
 from maxlm.kernels.attention import attention
-from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
+from maxlm.loss import ROUTER_METRICS, Batch, TokenLoss, cross_entropy, next_token_loss, router_loss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import Aux, run_layers
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
+from maxlm.parallel.expert import dispatch_experts
 from maxlm.schedule import make_schedule
 from maxlm.sharding import compute_spec, enter_step, leave_step, zeros_like_gradient
 
 State = dict[str, Any]
+COUNTS = ("targets", "dropped_tokens")
+"""Metrics that are sums over the global batch; others are means over its targets."""
 BATCH_DTYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
@@ -146,6 +149,12 @@ class Program:
         count = self.mesh.shape.get("context", 1)
         return None if count == 1 else zigzag_order(self.config.train.seq_len, count)
 
+    @property
+    def _dispatch_kind(self) -> str:
+        kind = self.config.mesh.expert_dispatch
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return kind if kind != "auto" else "exchange" if on_tpu else "gather"
+
     def _arrange(self, batch: Batch, dims: str) -> Batch:
         """Gives each context shard its tokens, without any communication. Args: dims: "MBS" or "BS"."""
         if self._order is None:
@@ -156,7 +165,8 @@ class Program:
     def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> tuple[jax.Array, Aux]:
         kind = self.config.mesh.context_attention
         kernel = attention if self._order is None else partial(context_attention, kind)
-        stack = partial(run_layers, kernel=kernel, remat=self.config.train.remat)
+        dispatch = partial(dispatch_experts, self._dispatch_kind, self.config.mesh.capacity_factor)
+        stack = partial(run_layers, kernel=kernel, dispatch=dispatch, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
             return nnx.merge(self.graph, params)(rows["tokens"], rows["positions"], rows["segments"], stack, at)
@@ -174,8 +184,7 @@ class Program:
         new = {"step": state["step"] + 1, "params": params, "opt": opt}
         if self.config.optim.ema is not None:
             new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, state["step"])
-        squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
-        metrics["grad_norm"] = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        metrics["grad_norm"] = optim.grad_norm(grads, self.dims)
         metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
         return new, metrics
 
@@ -194,22 +203,38 @@ class Program:
             (_, sums), grads = value_and_grad(held, jax.tree.map(lambda x: x[0], batch))
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         else:
-            names = ["loss", "targets"] + ["objective"] * (self.token_loss is not None)
-            start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in names})
+            start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in self._sums})
             (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
-        targets = sums.pop("targets")
-        count = jnp.maximum(targets, 1.0)
+        count = jnp.maximum(sums["targets"], 1.0)
         grads = jax.tree.map(lambda g: g / count, leave_step(grads, self.dims))
-        return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
+        return grads, {name: total if name in COUNTS else total / count for name, total in sums.items()}
+
+    @property
+    def _sums(self) -> list[str]:
+        """What _loss_sum adds up beside the gradient."""
+        model = self.config.model
+        other = self.token_loss is not None or bool(model.aux_loss or model.router_z_loss)
+        of_routers = (*ROUTER_METRICS, "dropped_tokens") if model.num_experts else ()
+        return ["loss", "targets", *of_routers] + ["objective"] * other
 
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV, _ = self._logits(params, rows)
+        """Sum over targets, and its parts.
+
+        What routers report about a microbatch counts as if each of its targets had it: so the mean over targets weighs
+        the losses of routers, like those of tokens, by targets.
+        """
+        logits_BTV, aux = self._logits(params, rows)
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
-        if self.token_loss is None:
-            return loss, sums
-        sums["objective"] = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
-        return sums["objective"], sums
+        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        model, targets = self.config.model, sums["targets"]
+        if aux:
+            objective += targets * router_loss(model, aux)
+            sums |= {n: aux[n] * targets / model.num_expert_layers for n in ROUTER_METRICS}
+            sums["dropped_tokens"] = aux["dropped_tokens"]
+        if "objective" in self._sums:
+            sums["objective"] = objective
+        return objective, sums
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
@@ -234,6 +259,6 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     graph, state = nnx.split(model)
     own = nnx.to_pure_dict(dims_of(state))
     dims = jax.tree.map(lambda d, s: "L" * (len(s.shape) - len(d)) + d, own, nnx.to_pure_dict(state))
-    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
+    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims, config.model.router_bias_rate)
     z_loss = config.train.z_loss
     return Program(config, mesh, token_loss or (next_token_loss(z_loss) if z_loss else None), graph, dims, optimizer)
