@@ -230,7 +230,7 @@ def _over_layers(muon: optax.GradientTransformation, dims: Tree) -> optax.Gradie
 def _deal(dims: str, x: jax.Array) -> jax.Array:
     *_, last = path = _layer_path(dims, x)
     sizes = jax.sharding.get_abstract_mesh().shape
-    missing = -x.shape[0] % math.prod(sizes[axis] for axis in last[0] or ()) if len(path) > 1 else 0
+    missing = -x.shape[0] % math.prod(sizes[axis] for axis in _axes(last[0])) if len(path) > 1 else 0
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
     return _hops(x, path[1:])
@@ -256,14 +256,18 @@ def _layer_path(dims: str, x: jax.Array) -> list[P]:
     Several axes in one reshard make XLA replicate the array first; one by one each is an all-to-all.
     """
     spec = jax.typeof(x).sharding.spec
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec.partitions]
+    entries = [_axes(e) for e in spec.partitions]
     path = [spec]
     for i in range(1, len(entries)) if dims.startswith("L") else ():
-        while entries[i]:
+        while entries[i] and dims[i] != "E":  # experts stay apart: each is a matrix of its own
             *rest, axis = entries[i]
             entries[0], entries[i] = (*entries[0], axis), tuple(rest)
             path.append(P(*(e or None for e in entries)))
     return path
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _masked_map(f: Callable[..., jax.Array], facts: Tree, *trees: Tree) -> Tree:
