@@ -6,21 +6,20 @@ checked where they are known (`mesh.resolve`, `data.store.open_stores`), with th
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A frozen part of the tree that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+from maxlm.config_model import (
+    BelowOne,
+    Count,
+    Fraction,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    Section,
+    divisor_at_most,
+)
 
 
 class RunConfig(Section):
@@ -35,113 +34,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"root={self.root}: Orbax cannot write checkpoints to s3://; use a folder or gs:// "
                 "(token stores may stay in s3://)"
-            )
-        return self
-
-
-class ModelConfig(Section):
-    """The decoder transformer. Model families are values of these fields, not code."""
-
-    vocab_size: Positive = Field(description="Token ids the tokenizer may emit, as a count.")
-    vocab_multiple: Positive = Field(
-        128, description="Embedding rows are padded to this multiple so that they shard; padding is masked in the loss."
-    )
-    num_layers: Positive = Field(description="Transformer blocks, as a count.")
-    d_model: Positive = Field(description="Width of the residual stream, in features.")
-    d_ff: Positive = Field(description="Hidden width of the MLP, in features.")
-    num_heads: Positive = Field(description="Query heads, as a count.")
-    num_kv_heads: Positive | None = Field(None, description="Key/value heads (GQA); null means num_heads.")
-    head_dim: Positive | None = Field(None, description="Features per head; null means d_model / num_heads.")
-
-    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm or LayerNorm.")
-    norm_position: Literal["pre", "post", "both"] = Field(
-        "pre", description="Normalize a sublayer's input (pre), its output before it is added (post), or both."
-    )
-    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every norm.")
-    norm_bias: bool = Field(False, description="LayerNorm has a bias.")
-    norm_offset: bool = Field(False, description="The norm's weight is stored as an offset from one (Gemma).")
-    qk_norm: bool = Field(False, description="Normalize queries and keys per head before attention.")
-
-    position: Literal["rope", "learned", "none"] = Field("rope", description="Position encoding.")
-    rope_theta: float = Field(10_000.0, gt=0, description="RoPE base wavelength, in tokens / 2 pi.")
-    rope_theta_local: float | None = Field(None, gt=0, description="RoPE base of local layers; null means rope_theta.")
-    rope_fraction: float = Field(1.0, gt=0, le=1, description="Share of each head's features that RoPE rotates.")
-    max_positions: Positive | None = Field(
-        None, description="Rows of the learned position table, in tokens; needed when position=learned."
-    )
-
-    mlp: Literal["gated", "plain"] = Field("gated", description="Gated (SwiGLU-like) or two-matrix MLP.")
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = Field(
-        "silu", description="MLP nonlinearity; gelu is exact, gelu_tanh its approximation, relu2 the squared ReLU."
-    )
-    mlp_bias: bool = Field(False, description="Biases on the MLP's matrices.")
-    attention_bias: Literal["none", "qkv", "all"] = Field(
-        "none", description="Biases on the query/key/value projections, or on the output projection as well."
-    )
-
-    layer_pattern: tuple[Literal["global", "local"], ...] = Field(
-        ("global",), description="Kinds of layers, repeated to num_layers; local ones use sliding_window.", min_length=1
-    )
-    sliding_window: Positive | None = Field(None, description="Keys a local layer sees, itself included, in tokens.")
-    attention_scale: float | None = Field(None, gt=0, description="Query scale; null means head_dim ** -0.5.")
-    attention_softcap: float | None = Field(None, gt=0, description="Attention logits become c * tanh(logits / c).")
-    logit_softcap: float | None = Field(None, gt=0, description="Output logits become c * tanh(logits / c).")
-
-    tie_embeddings: bool = Field(False, description="The output projection is the embedding table.")
-    embedding_scale: float | None = Field(
-        None, gt=0, description="Embeddings are multiplied by this (Gemma: d_model ** 0.5); null leaves them."
-    )
-    init_std: float = Field(
-        0.02, gt=0, description="Standard deviation of the embeddings; matrices use fan_in ** -0.5."
-    )
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Type of the computation. Master weights, optimizer and loss are float32."
-    )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, after the default."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """Features per head, after the default."""
-        return self.head_dim or self.d_model // self.num_heads
-
-    @property
-    def num_repeats(self) -> int:
-        """Repeats of the layer pattern."""
-        return self.num_layers // len(self.layer_pattern)
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding table, padding included."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(
-                f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}; change one or set head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                f"use a divisor such as {_divisor_at_most(self.num_heads, self.kv_heads)}"
-            )
-        if self.num_layers % len(self.layer_pattern):
-            raise ValueError(
-                f"num_layers={self.num_layers} is not a multiple of layer_pattern's {len(self.layer_pattern)} kinds"
-            )
-        if "local" in self.layer_pattern and self.sliding_window is None:
-            raise ValueError("layer_pattern has local layers, so sliding_window must be set")
-        if self.position == "learned" and self.max_positions is None:
-            raise ValueError("position=learned needs max_positions, the longest sequence in tokens")
-        if self.norm_bias and self.norm != "layer":
-            raise ValueError("norm_bias=true needs norm=layer; RMSNorm has no bias")
-        if self.position == "rope" and int(self.head_size * self.rope_fraction) % 2:
-            raise ValueError(
-                f"RoPE rotates pairs, but head size {self.head_size} x rope_fraction={self.rope_fraction} is odd"
             )
         return self
 
@@ -169,6 +61,17 @@ class MeshConfig(Section):
         description="How queries meet keys of other context shards: keys travel around a ring (less memory), or are "
         "gathered (fewer, larger messages).",
     )
+    expert_dispatch: Literal["auto", "gather", "exchange"] = Field(
+        "auto",
+        description="How tokens meet experts of other devices: all tokens are gathered over the expert axis, or each "
+        "is sent to its experts alone (exchange; TPU and GPU). auto exchanges on TPU and gathers elsewhere.",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Rows that a device keeps for tokens of its experts, as a multiple of the mean; what overflows is "
+        "dropped and counted as dropped_tokens. null: room for the worst case, nothing is ever dropped.",
+    )
     fake_devices: Positive | None = Field(
         None, description="Run on this many fake CPU devices, to try a mesh without an accelerator."
     )
@@ -181,6 +84,8 @@ class MeshConfig(Section):
                 raise ValueError(f"{name}={size} is not a number of devices; use 1 or more, or -1 to fill what is left")
         if len(free) > 1:
             raise ValueError(f"only one axis may be -1, but {' and '.join(free)} are; give one of them a size")
+        if self.fake_devices and self.expert_dispatch == "exchange" and self.expert != 1:
+            raise ValueError("expert_dispatch=exchange needs ragged_all_to_all, which CPUs do not have; use gather")
         return self
 
 
@@ -263,7 +168,7 @@ class TrainConfig(Section):
         if self.batch_size % self.grad_accum:
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by grad_accum={self.grad_accum}; "
-                f"use grad_accum={_divisor_at_most(self.batch_size, self.grad_accum)}"
+                f"use grad_accum={divisor_at_most(self.batch_size, self.grad_accum)}"
             )
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(f"profile_steps={list(self.profile_steps)} ends before it starts")
@@ -371,7 +276,3 @@ class Config(Section):
                 f"optim.schedule.cooldown_steps={schedule.cooldown_steps} belongs to name=wsd, but name={schedule.name}"
             )
         return self
-
-
-def _divisor_at_most(n: int, limit: int) -> int:
-    return next(d for d in range(min(limit, n), 0, -1) if n % d == 0)

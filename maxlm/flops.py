@@ -5,6 +5,7 @@ hardware happens to do.
 - A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass. So a matrix costs 6 per weight and token.
 - Attention is counted as causal: a query of a sequence of T sees T / 2 keys on average; in a layer with a sliding
   window of W keys it sees W - W**2 / (2 T).
+- Of a layer's experts a token pays for those it visits, shared ones included, and for the router.
 - Not counted: what rematerialization computes again, the embedding lookup, padding of the vocabulary, biases, norms,
   activations, softmax, and that packed documents do not see each other.
 
@@ -25,11 +26,13 @@ def num_params(model: ModelConfig) -> dict[str, int]:
         model: the model.
 
     Returns:
-        Counts for "embedding", "positions", "unembedding" (0 if tied), "attention", "mlp", "norms", biases included;
-        "total" is their sum, what is stored and trained; "total_unpadded" leaves out the rows that only pad the
-        vocabulary, and is the figure to compare with published ones.
+        Counts for "embedding", "positions", "unembedding" (0 if tied), "attention", "mlp" (of dense layers), "experts"
+        (shared ones included), "router", "norms", biases included; "total" is their sum, what is stored and trained;
+        "total_unpadded" leaves out the rows that only pad the vocabulary, and is the figure to compare with published
+        ones; "active" leaves out, too, the experts that a token does not visit.
     """
     D, F, V, L = model.d_model, model.d_ff, model.padded_vocab, model.num_layers
+    E, moe_layers = model.num_experts or 0, model.num_expert_layers
     N, K, H = model.num_heads, model.kv_heads, model.head_size
     learned = model.position == "learned"
     qkv_bias = (N + 2 * K) * H if model.attention_bias != "none" else 0
@@ -43,12 +46,20 @@ def num_params(model: ModelConfig) -> dict[str, int]:
         "positions": (model.max_positions or 0) * D if learned else 0,
         "unembedding": 0 if model.tie_embeddings else V * D,
         "attention": L * (_attention_weights(model) + qkv_bias + o_bias),
-        "mlp": L * (_mlp_weights(model) + mlp_bias),
+        "mlp": (L - moe_layers) * (_mlp_weights(model, F) + mlp_bias),
+        "experts": moe_layers * (E + model.num_shared_experts) * _mlp_weights(model, model.expert_width),
+        "router": moe_layers * E * (D + (1 if model.router_bias_rate else 0)),
         "norms": per_norm * (L * norms_per_layer + D),
     }
     total = sum(parts.values())
     padding = (V - model.vocab_size) * D * (1 if model.tie_embeddings else 2)
-    return {**parts, "total": total, "total_unpadded": total - padding}
+    unvisited = moe_layers * (E - (model.experts_per_token or 0)) * _mlp_weights(model, model.expert_width)
+    return {
+        **parts,
+        "total": total,
+        "total_unpadded": total - padding,
+        "active": total - padding - unvisited,
+    }
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -61,7 +72,11 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     Returns:
         FLOPs per token.
     """
-    weights = model.num_layers * (_attention_weights(model) + _mlp_weights(model)) + model.d_model * model.vocab_size
+    moe_layers, visited = model.num_expert_layers, (model.experts_per_token or 0) + model.num_shared_experts
+    weights = model.num_layers * _attention_weights(model) + model.d_model * model.vocab_size
+    weights += (model.num_layers - moe_layers) * _mlp_weights(model, model.d_ff)
+    weights += moe_layers * visited * _mlp_weights(model, model.expert_width)
+    weights += moe_layers * model.d_model * (model.num_experts or 0)  # the router
     repeats = model.num_layers // len(model.layer_pattern)
     keys = repeats * sum(_mean_keys(model, kind, seq_len) for kind in model.layer_pattern)
     # q @ k and probabilities @ v: each a multiply-add per head, feature and key
@@ -87,8 +102,8 @@ def _attention_weights(model: ModelConfig) -> int:
     return 2 * model.d_model * (model.num_heads + model.kv_heads) * model.head_size
 
 
-def _mlp_weights(model: ModelConfig) -> int:
-    return (3 if model.mlp == "gated" else 2) * model.d_model * model.d_ff
+def _mlp_weights(model: ModelConfig, width: int) -> int:
+    return (3 if model.mlp == "gated" else 2) * model.d_model * width
 
 
 def _mean_keys(model: ModelConfig, kind: str, seq_len: int) -> float:

@@ -1,10 +1,11 @@
-"""Next-token cross entropy in float32, with z-loss."""
+"""Next-token cross entropy in float32, with z-loss; losses of routers."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from maxlm.config import ModelConfig
 from maxlm.sharding import compute_spec
 
 Batch = dict[str, jax.Array]
@@ -39,3 +40,19 @@ def next_token_loss(z_loss: float) -> TokenLoss:
         return loss_BT + z_loss * log_z_BT**2
 
     return loss
+
+
+ROUTER_METRICS = ("balance_loss", "router_z_loss", "load_imbalance")
+"""What routers report and the step shows as means over layers; see model.moe.router_losses."""
+
+
+def router_loss(model: ModelConfig, aux: dict[str, jax.Array]) -> jax.Array:
+    """What routers add to the loss of every target: the sum over layers of their weighted losses.
+
+    Args:
+        model: gives the weights, and whether biases balance the load.
+        aux: float32 scalars, sums over layers, from the model.
+    """
+    total = model.aux_loss * aux["balance_loss"] + model.router_z_loss * aux["router_z_loss"]
+    # always 0, with the load errors as its gradient
+    return total + aux["router_bias"] if model.router_bias_rate else total

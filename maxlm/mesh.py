@@ -118,9 +118,12 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
         ConfigError: names the field, its value, and a value that fits.
     """
     model, train = config.model, config.train
+    experts = model.num_experts or 0
     for field, value, axis in (
         ("model.num_heads", model.num_heads, "tensor"),
-        ("model.d_ff", model.d_ff, "tensor"),
+        ("model.d_ff", 0 if experts and not model.num_dense_layers else model.d_ff, "tensor"),
+        ("model.expert_d_ff", model.expert_width if experts else 0, "tensor"),
+        ("model.num_experts", experts, "expert"),
         ("model.vocab_size, padded to vocab_multiple,", model.padded_vocab, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
     ):
@@ -146,6 +149,11 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     shares = sizes["stage"] * config.mesh.rounds
     if config.mesh.rounds > 1 and sizes["stage"] == 1:
         raise ConfigError(f"mesh.rounds={config.mesh.rounds} needs a pipeline: set mesh.stage, or mesh.rounds=1")
+    if sizes["stage"] > 1 and model.num_dense_layers:
+        raise ConfigError(
+            f"mesh.stage={sizes['stage']} does not go with model.num_dense_layers={model.num_dense_layers} yet: a "
+            "pipeline's stages hold layers of one pattern; use mesh.stage=1"
+        )
     if sizes["stage"] > 1 and shares > model.num_repeats:
         raise ConfigError(
             f"mesh.stage={sizes['stage']} x mesh.rounds={config.mesh.rounds} is {shares} shares of layers, but the "

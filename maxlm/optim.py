@@ -32,7 +32,9 @@ MUON_RMS = 0.2
 """Root mean square of muon's update before the learning rate, which is about AdamW's."""
 
 
-def make_optimizer(optim: OptimConfig, num_steps: int, dims: Tree) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    optim: OptimConfig, num_steps: int, dims: Tree, router_bias_rate: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of a run.
 
     - adamw: bias-corrected first and second moments (beta1, beta2, eps).
@@ -48,12 +50,14 @@ def make_optimizer(optim: OptimConfig, num_steps: int, dims: Tree) -> optax.Grad
 
     Rules by path are resolved here, so a wrong regular expression is an error before anything compiles. Frozen
     parameters have no state, and their gradients do not count in the norm that is clipped. The learning rate depends
-    on the update count in the state only, so a restored state continues the schedule.
+    on the update count in the state only, so a restored state continues the schedule. Biases of routers follow none of
+    this: their gradient is a load error, and they move against its sign by router_bias_rate.
 
     Args:
         optim: optimizer, schedule, and rules by path. An empty decay_mask decays every parameter.
         num_steps: optimizer steps of the whole run, a count.
         dims: for every parameter its dimension letters, such as {"layers": {"mlp": {"w_up": "LDF"}}}.
+        router_bias_rate: step of the routers' biases, in units of scores.
 
     Returns:
         An optax transformation; `update` applies it.
@@ -67,7 +71,7 @@ def make_optimizer(optim: OptimConfig, num_steps: int, dims: Tree) -> optax.Grad
         Liu et al., Muon is Scalable for LLM Training, 2025, equation 4 (the 0.2).
     """
     frozen = _matching("freeze", optim.freeze, dims)
-    live = jax.tree.map(lambda is_frozen: not is_frozen, frozen)
+    live = jax.tree.map(lambda is_frozen, d: not is_frozen and not _is_router_bias(d), frozen, dims)
     steps = [_direction(optim, dims, live)]
     # Links that do nothing stay in the chain: a resumed run may turn clipping or decay on and off.
     steps.insert(0, optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm))
@@ -78,8 +82,28 @@ def make_optimizer(optim: OptimConfig, num_steps: int, dims: Tree) -> optax.Grad
         steps.append(optax.add_decayed_weights(optim.weight_decay, mask=jax.tree.map(lambda m: not m, kept)))
     steps.append(optax.scale_by_learning_rate(make_schedule(optim, num_steps)))
     steps.append(_scale(_lr_factors(optim, dims)))
-    labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen)
-    return optax.partition({"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}, labels)
+    label = lambda f, d: "frozen" if f else "balanced" if _is_router_bias(d) else "trained"  # noqa: E731
+    transforms: dict[Any, optax.GradientTransformation] = {"frozen": optax.set_to_zero()}
+    transforms["trained"] = optax.chain(*steps)
+    if router_bias_rate:
+        against = lambda errors, _: jax.tree.map(lambda e: -router_bias_rate * jnp.sign(e), errors)  # noqa: E731
+        transforms["balanced"] = optax.stateless(against)
+    return optax.partition(transforms, jax.tree.map(label, frozen, dims))
+
+
+def grad_norm(grads: Tree, dims: Tree) -> jax.Array:
+    """Global norm of the gradients, without the load errors of routers' biases.
+
+    Args:
+        grads: float32 gradients.
+        dims: dimension letters of every parameter.
+    """
+    squares = [
+        jnp.square(g).sum()
+        for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(dims), strict=True)
+        if not _is_router_bias(d)
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
 def update(tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grads: Tree) -> tuple[Tree, Tree]:
@@ -144,6 +168,10 @@ def _direction(optim: OptimConfig, dims: Tree, live: Tree) -> optax.GradientTran
     return optax.chain(optax.masked(muon, is_matrix), optax.masked(adam, others))
 
 
+def _is_router_bias(dims: str) -> bool:
+    return "X" in dims and "D" not in dims
+
+
 def _is_numbers(x: Any) -> bool:
     return x is None or isinstance(x, MuonDimensionNumbers)
 
@@ -152,11 +180,12 @@ def _matrix_axes(dims: str) -> MuonDimensionNumbers | None:
     """Input and output dims of a parameter that muon treats as a matrix (per layer and expert), else None.
 
     A matrix maps the residual stream D to heads or features, or back. What has vocabulary or position rows is a
-    table, whose rows get gradients one by one; what has no D and another dim is a bias or a norm.
+    table, whose rows get gradients one by one; a router (X) is a table of experts; what has no D and another dim is a
+    bias or a norm.
     """
     rest = [i for i, letter in enumerate(dims) if letter not in "LRPE"]
     letters = [dims[i] for i in rest]
-    if "D" not in letters or len(rest) < 2 or not {"V", "T"}.isdisjoint(letters):
+    if "D" not in letters or len(rest) < 2 or not {"V", "T", "X"}.isdisjoint(letters):
         return None
     d, others = dims.index("D"), tuple(i for i in rest if dims[i] != "D")
     return MuonDimensionNumbers((d,), others) if d == rest[0] else MuonDimensionNumbers(others, (d,))
@@ -202,7 +231,7 @@ def _deal(dims: str, x: jax.Array) -> jax.Array:
     *_, last = path = _layer_path(dims, x)
     sizes = jax.sharding.get_abstract_mesh().shape
     at = dims.find("L")
-    missing = -x.shape[at] % math.prod(sizes[axis] for axis in last[at] or ()) if len(path) > 1 else 0
+    missing = -x.shape[at] % math.prod(sizes[axis] for axis in _axes(last[at])) if len(path) > 1 else 0
     if missing:
         x = jnp.pad(x, [(0, missing if i == at else 0) for i in range(x.ndim)])
     return _hops(x, path[1:])
@@ -229,15 +258,19 @@ def _layer_path(dims: str, x: jax.Array) -> list[P]:
     Several axes in one reshard make XLA replicate the array first; one by one each is an all-to-all.
     """
     spec = jax.typeof(x).sharding.spec
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec.partitions]
+    entries = [_axes(e) for e in spec.partitions]
     path = [spec]
     at = dims.find("L")
     for i in range(at + 1, len(entries)) if at >= 0 else ():
-        while entries[i]:
+        while entries[i] and dims[i] != "E":  # experts stay apart: each is a matrix of its own
             *rest, axis = entries[i]
             entries[at], entries[i] = (*entries[at], axis), tuple(rest)
             path.append(P(*(e or None for e in entries)))
     return path
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _masked_map(f: Callable[..., jax.Array], facts: Tree, *trees: Tree) -> Tree:

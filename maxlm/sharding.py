@@ -2,9 +2,10 @@
 
 Keys are the dimension letters of DESIGN (B batch, T length, S key length, U length where a pipeline's input waits, D
 model, N query heads, K key/value heads, G query heads per key/value head, J key/value heads too few to split, H head
-size, F feed-forward, E experts, V vocabulary, L layers, R rounds and P stages of a pipeline, M microbatches); values
-are logical mesh axes. A logical axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left
-out.
+size, F feed-forward, E experts, X experts as a router sees them, A experts that a token visits, C capacity: rows that
+devices keep for their experts' tokens, V vocabulary, L layers, R rounds and P stages of a pipeline, M microbatches);
+values are logical mesh axes. A logical axis may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are
+left out.
 
 Weights are float32 and sharded at rest. `gather` brings one into a layer: cast, then all-gathered over fsdp, with a
 type that names fsdp and the axes of replicas as *reduced*, so that its gradient comes out unreduced over them and meets
@@ -32,6 +33,7 @@ PARAM: dict[str, Axes] = {
     "J": None,
     "F": "tensor",
     "E": "expert",
+    "X": None,
     "L": None,
     "R": None,
     "P": "stage",
@@ -53,6 +55,10 @@ COMPUTE: dict[str, Axes] = {
     "H": None,
     "F": "tensor",
     "V": "tensor",
+    "E": "expert",
+    "X": None,
+    "A": None,
+    "C": ("slice", "data", "fsdp", "expert", "context"),
 }
 """Where activations, and weights in use, live."""
 
@@ -65,9 +71,12 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
 
     Inside a shard_map its manual axes are left out: types do not speak of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
-    return tuple(n for n in explicit if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
+    return _axes_of_kind(logical, AxisType.Explicit)
+
+
+def manual_axes(letter: str) -> tuple[str, ...]:
+    """Mesh axes larger than one that split a dimension of activations and are manual here: collectives name them."""
+    return tuple(n for axis in _logical(COMPUTE[letter]) for n in _axes_of_kind(axis, AxisType.Manual))
 
 
 def axis_size(*logical: str) -> int:
@@ -117,6 +126,11 @@ def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
     return jnp.einsum(subscripts, *operands, out_sharding=compute_spec(subscripts.split("->")[1]), **options)
 
 
+def weight_dtype(dims: str, dtype: Any) -> Any:
+    """Type of a weight in use: the compute dtype, but float32 for routers, whose choices must not hang on rounding."""
+    return jnp.float32 if "X" in dims else dtype
+
+
 def gather(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
     """Brings a weight into the computation: cast, then whole over fsdp, still split over tensor.
 
@@ -127,10 +141,8 @@ def gather(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
         dims: its dimension letters.
         dtype: compute dtype.
     """
-    fsdp = frozenset(mesh_axes("fsdp"))
-    if fsdp <= _reduced(w):
-        return w.astype(dtype)
-    return _all_gather(dims, w.astype(dtype))
+    fsdp, w = frozenset(mesh_axes("fsdp")), w.astype(weight_dtype(dims, dtype))
+    return w if fsdp <= _reduced(w) else _all_gather(dims, w)
 
 
 def share(w: jax.Array, dims: str) -> jax.Array:
@@ -146,6 +158,19 @@ def share(w: jax.Array, dims: str) -> jax.Array:
         return w
     kept = jax.typeof(w).sharding.spec.partitions
     return jax.reshard(w, P(*kept, reduced=_reduced(w) | axes))
+
+
+def token_mean(x: jax.Array) -> jax.Array:
+    """Mean over all tokens of the microbatch, on all devices: float32 [B, T, ...] -> [...], the same everywhere.
+
+    The sum over axes that types speak of is in the types; over those of a shard_map around us it is a psum.
+    """
+    count, total, manual = x.shape[0] * x.shape[1], x.sum((0, 1)), manual_axes("C")
+    if manual:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        count *= math.prod(sizes[n] for n in manual)
+        total = jax.lax.psum(total, manual)
+    return total / count
 
 
 def heads_letter(num_kv_heads: int) -> str:
@@ -205,6 +230,12 @@ def zeros_like_gradient(w: jax.Array) -> jax.Array:
     spec_w = jax.typeof(w).sharding.spec
     zeros = jnp.zeros(w.shape, jnp.float32, out_sharding=P(*spec_w.partitions))
     return jax.reshard(zeros, P(*spec_w.partitions, unreduced=spec_w.reduced)) if spec_w.reduced else zeros
+
+
+def _axes_of_kind(logical: str, kind: AxisType) -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    named = [n for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == kind]
+    return tuple(n for n in named if n.rstrip("0123456789") == logical and mesh.shape[n] > 1)
 
 
 def _logical(axes: Axes) -> tuple[str, ...]:

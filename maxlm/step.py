@@ -20,12 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm import optim
 from maxlm.config import Config
 from maxlm.kernels.attention import attention
-from maxlm.loss import Batch, TokenLoss, cross_entropy, next_token_loss
+from maxlm.loss import ROUTER_METRICS, Batch, TokenLoss, cross_entropy, next_token_loss, router_loss
 from maxlm.model.attention import AttentionKernel
+from maxlm.model.moe import Dispatch
 from maxlm.model.param import dims_of
 from maxlm.model.stack import LEADING_DIMS, Aux, run_layers, run_repeat
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.context import context_attention, zigzag_order
+from maxlm.parallel.expert import dispatch_experts
 from maxlm.parallel.pipeline import Pipeline
 from maxlm.parallel.schedule import pipeline_schedule
 from maxlm.restack import Stack
@@ -33,6 +35,8 @@ from maxlm.schedule import make_schedule
 from maxlm.sharding import compute_spec, constrain, enter_step, leave_step, zeros_like_gradient
 
 State = dict[str, Any]
+COUNTS = ("targets", "dropped_tokens")
+"""Metrics that are sums over the global batch; others are means over its targets."""
 BATCH_DTYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
@@ -132,7 +136,7 @@ class Program:
         return jax.jit(self._evaluate)
 
     @cached_property
-    def grads(self) -> Callable[[Any, Batch], tuple[Any, dict[str, jax.Array]]]:
+    def grads(self) -> Any:
         """(params, batch) -> (mean gradients laid out like the parameters, metrics)."""
         return jax.jit(self._grads)
 
@@ -161,24 +165,31 @@ class Program:
         batch = jax.tree.map(lambda x: x[None], {**rows, "chosen": (place_BT == at).astype(jnp.int32)})
         batch = self._arrange(batch, "MBS")
 
-        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, jax.Array]:
+        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             chosen_BT = rows["chosen"].astype(x_BTD.dtype)
             x_B1D = (x_BTD * chosen_BT[..., None]).sum(1, keepdims=True)
             here_B = rows["chosen"].sum(1) > 0  # of all shards of a row's tokens, one has it
             logits_BV = self._part(weights).logits(x_B1D)[:, 0]
-            return jnp.zeros(()), jnp.where(here_B[:, None], logits_BV, 0.0).sum(0)
+            return jnp.zeros(()), {"logits": jnp.where(here_B[:, None], logits_BV, 0.0).sum(0)}
 
         schedule = pipeline_schedule("1f1b", self._num_stages, self.config.mesh.rounds, 1)
         run = dataclasses.replace(self._pipeline, head=head, schedule=schedule)
         weights = {name: params[name] for name in self._head_names}
-        sums_V = run.value(params["layers"], weights, self._embed(self._outer(params), batch), batch)
-        return jax.reshard(sums_V, jax.P(None)) / rows["tokens"].shape[0]
+        batch["num_targets"] = jnp.ones(1)
+        sums = run.value(params["layers"], weights, self._embed(self._outer(params), batch), batch)
+        return jax.reshard(sums["logits"], jax.P(None)) / rows["tokens"].shape[0]
 
     @cached_property
     def _order(self) -> np.ndarray | None:
         """Place in the row of each token, in the order in which context shards hold them; None is as it comes."""
         count = self.mesh.shape.get("context", 1)
         return None if count == 1 else zigzag_order(self.config.train.seq_len, count)
+
+    @property
+    def _dispatch_kind(self) -> str:
+        kind = self.config.mesh.expert_dispatch
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return kind if kind != "auto" else "exchange" if on_tpu else "gather"
 
     def _arrange(self, batch: Batch, dims: str) -> Batch:
         """Gives each context shard its tokens, without any communication. Args: dims: "MBS" or "BS"."""
@@ -188,7 +199,7 @@ class Program:
         return {key: jax.reshard(x[..., self._order], spec) for key, x in batch.items()}
 
     def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> tuple[jax.Array, Aux]:
-        stack = partial(run_layers, kernel=self._kernel, remat=self.config.train.remat)
+        stack = partial(run_layers, kernel=self._kernel, dispatch=self._dispatch, remat=self.config.train.remat)
         precision = "highest" if self.config.model.dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):
             return nnx.merge(self.graph, params)(rows["tokens"], rows["positions"], rows["segments"], stack, at)
@@ -206,8 +217,7 @@ class Program:
         new = {"step": state["step"] + 1, "params": params, "opt": opt}
         if self.config.optim.ema is not None:
             new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, state["step"])
-        squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
-        metrics["grad_norm"] = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        metrics["grad_norm"] = optim.grad_norm(grads, self.dims)
         metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
         return new, metrics
 
@@ -215,10 +225,9 @@ class Program:
         """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
         batch = self._arrange(batch, "MBS")
         grads, sums = (self._plain_grads if self._num_stages == 1 else self._pipeline_grads)(params, batch)
-        targets = sums.pop("targets")
-        count = jnp.maximum(targets, 1.0)
+        count = jnp.maximum(sums["targets"], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        return grads, {name: total / count for name, total in sums.items()} | {"targets": targets}
+        return grads, {name: total if name in COUNTS else total / count for name, total in sums.items()}
 
     def _plain_grads(self, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """Gradients of the summed objective, laid out like the parameters, and the sums."""
@@ -235,8 +244,7 @@ class Program:
             (_, sums), grads = value_and_grad(held, jax.tree.map(lambda x: x[0], batch))
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         else:
-            names = ["loss", "targets"] + ["objective"] * (self.token_loss is not None)
-            start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in names})
+            start = (jax.tree.map(zeros_like_gradient, held), {name: jnp.zeros(()) for name in self._sums})
             (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
         return leave_step(grads, self.dims), sums
 
@@ -244,13 +252,14 @@ class Program:
         """As _plain_grads."""
         x_MBUD, pull = jax.vjp(partial(self._embed, batch=batch), self._outer(params))
         head = {name: params[name] for name in self._head_names}
-        sums, d_layers, d_head, dx_MBUD = self._pipeline.value_and_grad(params["layers"], head, x_MBUD, batch)
+        rows = {**batch, "num_targets": jax.reshard(batch["mask"].sum((1, 2)), jax.P(None))}
+        sums, d_layers, d_head, dx_MBUD = self._pipeline.value_and_grad(params["layers"], head, x_MBUD, rows)
         (d_outer,) = pull(dx_MBUD)
         outer_dims = {name: d for name, d in self.dims.items() if name != "layers"}
         grads = leave_step(jax.tree.map(lambda g: g.astype(jnp.float32), d_outer), outer_dims)
         for name, g in d_head.items():
             grads[name] = jax.tree.map(jnp.add, grads[name], g)
-        return {**grads, "layers": d_layers}, sums
+        return {**grads, "layers": d_layers}, {name: sums[name] for name in self._sums}
 
     # ---- what a pipeline is made of
 
@@ -270,8 +279,10 @@ class Program:
         )
         layers = nnx.split(nnx.merge(self.graph, self.state_shapes["params"]).layers)[0]
 
-        def block(weights: Any, x_BTD: jax.Array, rows: Batch) -> jax.Array:
-            return run_repeat(layers, weights, x_BTD, rows["positions"], rows["segments"], kernel=self._kernel)[0]
+        def block(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            where = rows["positions"], rows["segments"]
+            x_BTD, aux = run_repeat(layers, weights, x_BTD, *where, kernel=self._kernel, dispatch=self._dispatch)
+            return x_BTD, self._router_sums(aux, rows["num_targets"]) if aux else {}
 
         def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self._losses(self._part(weights).logits(x_BTD), rows)
@@ -299,27 +310,55 @@ class Program:
         return jnp.dtype(self.config.model.dtype)
 
     @property
+    def _dispatch(self) -> Dispatch:
+        return partial(dispatch_experts, self._dispatch_kind, self.config.mesh.capacity_factor)
+
+    @property
     def _kernel(self) -> AttentionKernel:
         return attention if self._order is None else partial(context_attention, self.config.mesh.context_attention)
 
+    @property
+    def _sums(self) -> list[str]:
+        """What _loss_sum adds up beside the gradient."""
+        model = self.config.model
+        other = self.token_loss is not None or bool(model.aux_loss or model.router_z_loss)
+        of_routers = (*ROUTER_METRICS, "dropped_tokens") if model.num_experts else ()
+        return ["loss", "targets", *of_routers] + ["objective"] * other
+
     def _loss_sum(self, params: Any, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits_BTV, _ = self._logits(params, rows)
-        return self._losses(logits_BTV, rows)
+        """The objective and the sums that are reported, over one microbatch."""
+        logits_BTV, aux = self._logits(params, rows)
+        objective, sums = self._losses(logits_BTV, rows)
+        if aux:
+            of_routers = self._router_sums(aux, sums["targets"])
+            objective += of_routers["objective"]
+            sums |= {**of_routers, "objective": objective}
+        return objective, {name: sums[name] for name in self._sums}
+
+    def _router_sums(self, aux: Aux, targets: jax.Array) -> dict[str, jax.Array]:
+        """What routers report about a microbatch, counted as if each of its targets had it.
+
+        So the mean over targets weighs the losses of routers, like those of tokens, by targets.
+        """
+        model = self.config.model
+        metrics = {name: aux[name] * targets / model.num_expert_layers for name in ROUTER_METRICS}
+        return {**metrics, "dropped_tokens": aux["dropped_tokens"], "objective": targets * router_loss(model, aux)}
 
     def _losses(self, logits_BTV: jax.Array, rows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The objective and the sums that are reported, over these tokens."""
+        """The objective of tokens and its sums, over these tokens."""
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
-        if self.token_loss is None:
-            return loss, sums
-        sums["objective"] = (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
-        return sums["objective"], sums
+        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        if "objective" in self._sums:
+            sums["objective"] = objective
+        return objective, sums
 
     def _evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = self._arrange(batch, "MBS")
         if self._num_stages > 1:
             head = {name: params[name] for name in self._head_names}
-            sums = self._pipeline.value(params["layers"], head, self._embed(self._outer(params), batch), batch)
+            rows = {**batch, "num_targets": jnp.ones(batch["mask"].shape[0])}
+            sums = self._pipeline.value(params["layers"], head, self._embed(self._outer(params), batch), rows)
             return sums["loss"], sums["targets"]
 
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
@@ -348,7 +387,7 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     graph, state = nnx.split(model)
     own = nnx.to_pure_dict(dims_of(state))
     dims = jax.tree.map(lambda d, s: LEADING_DIMS[len(s.shape) - len(d)] + d, own, nnx.to_pure_dict(state))
-    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims)
+    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims, config.model.router_bias_rate)
     z_loss = config.train.z_loss
     loss = token_loss or (next_token_loss(z_loss) if z_loss else None)
     return Program(config, mesh, loss, graph, dims, optimizer, shape)

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "maxlm"
 # Parts of maxlm (maxlm/<part>.py or maxlm/<part>/) that a part may import besides itself. The attention kernel, the
 # layer stack, the expert dispatch and the matmul are passed to the model; sharding is its single way down.
 MAY_IMPORT = {
-    "config": {"config_file"},
+    "config": {"config_file", "config_model"},
+    "config_model": set(),
     "sharding": {"config"},
     "kernels": {"sharding"},
     "model": {"config", "sharding"},

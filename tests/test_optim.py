@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import program_on, small_config
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import OptimConfig, ScheduleConfig
@@ -52,9 +52,9 @@ def random_tree(seed, dims=DIMS, **sizes):
     return jax.tree.map(lambda d: rng.standard_normal([sizes[x] for x in d]).astype(np.float32), dims)
 
 
-def run(tx, params, num_steps=3, place=lambda tree: tree, dims=DIMS):
+def run(tx, params, num_steps=3, place=lambda tree: tree, dims=DIMS, **sizes):
     """Parameters and state after num_steps updates with random gradients."""
-    shape = {"L": len(params["layers"]["attn"]["wq"])}
+    shape = {"L": len(params["layers"]["attn"]["wq"]), **sizes}
     params = place(params)
     state = jax.jit(tx.init)(params)
     step = jax.jit(partial(update, tx), compiler_options=FAST)
@@ -335,6 +335,21 @@ def test_sharded_equals_one_device(name, num_layers):
     assert difference(got_params, want_params) < 1e-5
     for got, want in zip(jax.tree.leaves(got_state), jax.tree.leaves(want_state), strict=True):
         assert np.abs(np.asarray(got) - np.asarray(want)).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("axes", [("fsdp",), ("fsdp", "expert"), ("expert", "tensor")], ids=str)
+def test_muon_with_experts_on_other_meshes_equals_one_device(axes):
+    dims = {"layers": {"attn": {"wq": "LDNH"}, "moe": {"up": "LEDF", "down": "LEFD", "router": "LDX"}}}
+    sizes = {"D": 12, "F": 20, "E": 4, "X": 4, "N": 2, "H": 6}
+    params = random_tree(0, dims, L=3, **sizes)
+    tx = make_optimizer(config("muon"), NUM_STEPS, dims)
+    want, _ = run(tx, params, dims=dims, **sizes)
+    devices = np.array(jax.devices()[: 2 ** len(axes)]).reshape([2] * len(axes))
+    mesh = Mesh(devices, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    with jax.set_mesh(mesh):
+        got, _ = run(tx, params, place=partial(place_on(mesh), dims=dims), dims=dims, **sizes)
+        assert jax.tree.map(lambda x: x.sharding.spec, got) == jax.tree.map(param_spec, dims)
+    assert difference(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

@@ -19,6 +19,8 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "J": config.kv_heads,
         "H": config.head_size,
         "F": config.d_ff,
+        "E": config.num_experts or 0,
+        "X": config.num_experts or 0,
         "V": config.padded_vocab,
         "T": config.max_positions or 0,  # rows of the learned position table
     }

@@ -11,6 +11,7 @@ from flax import nnx
 from maxlm.config import ModelConfig
 from maxlm.model.attention import Attention, AttentionKernel
 from maxlm.model.mlp import Mlp
+from maxlm.model.moe import Aux, Dispatch, Moe
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of
 from maxlm.sharding import gather, param_spec
@@ -22,21 +23,18 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projection outputs; attention runs again
 }
 
-Aux = dict[str, jax.Array]
-"""What layers report beside the residual stream: float32 scalars, summed over layers; dense ones report nothing."""
-
-
 LEADING_DIMS = {0: "", 1: "L", 3: "RPL"}
 """Dimension letters that stacked parameters have before their own, by their number."""
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each with its norms, added to the residual stream."""
+    """Attention and MLP or experts, each with its norms, added to the residual stream."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, kind: str):
+    def __init__(self, key: jax.Array, config: ModelConfig, kind: str, dense: bool):
         attention_key, mlp_key = jax.random.split(key)
         self.attention = Attention(attention_key, config, kind)
-        self.mlp = Mlp(mlp_key, config)
+        self.mlp = Mlp(mlp_key, config) if dense else None
+        self.moe = None if dense else Moe(mlp_key, config)
         pre, post = config.norm_position in ("pre", "both"), config.norm_position in ("post", "both")
         self.attention_norm = Norm(config) if pre else None
         self.attention_post_norm = Norm(config) if post else None
@@ -44,33 +42,46 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(config) if post else None
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, kernel: AttentionKernel
-    ) -> jax.Array:
-        """Returns the residual stream [B, T, D] after this block."""
-        h = _apply(self.attention_norm, x_BTD)
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        kernel: AttentionKernel,
+        dispatch: Dispatch,
+    ) -> tuple[jax.Array, Aux]:
+        """Returns the residual stream [B, T, D] after this block, and what its router reports."""
+        h, aux = _apply(self.attention_norm, x_BTD), {}
         h = self.attention(h, positions_BT, segments_BT, kernel)
         x_BTD = x_BTD + _apply(self.attention_post_norm, h)
-        h = self.mlp(_apply(self.mlp_norm, x_BTD))
-        return x_BTD + _apply(self.mlp_post_norm, h)
+        h = _apply(self.mlp_norm, x_BTD)
+        if self.mlp is not None:
+            h = self.mlp(h)
+        elif self.moe is not None:
+            h, aux = self.moe(h, dispatch)
+        return x_BTD + _apply(self.mlp_post_norm, h), aux
 
 
-def make_layers(key: jax.Array, config: ModelConfig, shape: tuple[int, ...] | None = None) -> nnx.Dict:
+def make_layers(
+    key: jax.Array, config: ModelConfig, num_layers: int, dense: bool, shape: tuple[int, ...] | None = None
+) -> nnx.Dict:
     """Blocks of each position in the layer pattern, stacked over its repeats: parameters gain leading dims.
 
     Args:
         key: PRNG key.
         config: the model.
+        num_layers: blocks of this stack, a multiple of the pattern's length.
+        dense: they have a dense MLP, not experts.
         shape: default (L,), the repeats of the pattern; (R, P, K) for a pipeline, where the stack may be longer than
             it has repeats: what fills it up is never run.
     """
-    pattern, repeats = config.layer_pattern, config.num_repeats
+    pattern, repeats = config.layer_pattern, num_layers // len(config.layer_pattern)
     shape = shape or (repeats,)
     keys = jax.random.split(key, (len(pattern), repeats))
     filled = keys[:, jnp.arange(math.prod(shape)) % repeats].reshape(len(pattern), *shape)
     lead = param_spec(LEADING_DIMS[len(shape)])
     stacked = {}
     for i, kind in enumerate(pattern):
-        make: Callable[[jax.Array], Block] = lambda k, kind=kind: Block(k, config, kind)  # noqa: E731
+        make: Callable[[jax.Array], Block] = lambda k, kind=kind: Block(k, config, kind, dense)  # noqa: E731
         for _ in shape:
             make = jax.vmap(make)
         stacked[str(i)] = make(jax.reshard(filled[i], lead))
@@ -84,6 +95,7 @@ def run_layers(
     segments_BT: jax.Array,
     *,
     kernel: AttentionKernel,
+    dispatch: Dispatch,
     remat: str,
 ) -> tuple[jax.Array, Aux]:
     """Runs all blocks in order; weights are gathered one repeat of the pattern at a time.
@@ -94,6 +106,7 @@ def run_layers(
         positions_BT: int32 positions within documents.
         segments_BT: int32 document numbers.
         kernel: attention kernel.
+        dispatch: brings tokens to experts.
         remat: a key of REMAT_POLICIES.
 
     Returns:
@@ -104,7 +117,7 @@ def run_layers(
 
     def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, Aux]:
         weights = gather_weights(repeat, dims, x.dtype)
-        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, kernel=kernel)
+        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, kernel=kernel, dispatch=dispatch)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -120,6 +133,7 @@ def run_repeat(
     segments_BT: jax.Array,
     *,
     kernel: AttentionKernel,
+    dispatch: Dispatch,
 ) -> tuple[jax.Array, Aux]:
     """Runs the blocks of one repeat of the layer pattern.
 
@@ -130,14 +144,17 @@ def run_repeat(
         positions_BT: int32 positions within documents.
         segments_BT: int32 document numbers.
         kernel: attention kernel.
+        dispatch: brings tokens to experts.
 
     Returns:
-        The residual stream, and what the blocks add up beside it.
+        The residual stream, and sums over the blocks of what their routers report about all tokens of the microbatch:
+        float32 scalars, the same on every device that shares these layers. Dense blocks report nothing.
     """
-    blocks, aux = nnx.merge(graphdef, weights), {}
+    blocks, reports = nnx.merge(graphdef, weights), []
     for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
-        x_BTD = blocks[str(i)](x_BTD, positions_BT, segments_BT, kernel)
-    return x_BTD, aux
+        x_BTD, aux = blocks[str(i)](x_BTD, positions_BT, segments_BT, kernel, dispatch)
+        reports.append(aux)
+    return x_BTD, jax.tree.map(lambda *values: sum(values[1:], values[0]), *reports)
 
 
 def gather_weights(state: Any, dims: Any, dtype: Any) -> Any:

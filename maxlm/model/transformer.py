@@ -31,7 +31,9 @@ class Transformer(nnx.Module):
         self.embed = normal(embed_key, "VD", config, config.init_std)
         learned = config.position == "learned"
         self.positions = normal(position_key, "TD", config, config.init_std) if learned else None
-        self.layers = make_layers(layer_key, config, stack_shape)
+        dense, rest = config.num_dense_layers, config.num_layers - config.num_dense_layers
+        self.dense_layers = make_layers(jax.random.fold_in(layer_key, 0), config, dense, True) if dense else None
+        self.layers = make_layers(layer_key, config, rest, config.num_experts is None, stack_shape)
         self.final_norm = Norm(config)
         self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
 
@@ -56,7 +58,10 @@ class Transformer(nnx.Module):
             float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
             and the sums over layers of what they report.
         """
-        x_BTD, aux = stack(self.layers, self.embedded(tokens_BT, positions_BT), positions_BT, segments_BT)
+        x_BTD = self.embedded(tokens_BT, positions_BT)
+        if self.dense_layers is not None:
+            x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT)
+        x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
         return self.logits(x_BTD), aux

@@ -12,19 +12,29 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 
-def island(function: Callable[..., Any], arguments: Sequence[jax.Array], out_specs: Any) -> Any:
+def island(function: Callable[..., Any], arguments: Any, out_specs: Any) -> Any:
     """Calls a function on the local blocks of its arguments, manual over every axis that is not manual already.
+
+    A weight whose type says that its gradient is summed over devices (reduced) is inside just different on each of
+    them; a gradient whose out_spec says unreduced leaves as one term of that sum.
 
     Args:
         function: local arrays -> local arrays. It may use collectives over any mesh axis.
-        arguments: arrays; each is cut as its type says.
-        out_specs: PartitionSpecs of what the function returns.
+        arguments: a sequence of trees of arrays; each array is cut as its type says.
+        out_specs: PartitionSpecs of what the function returns, as a tree prefix.
     """
     live = live_axes()
     if not live:
         return function(*arguments)
-    in_specs = tuple(P(*jax.typeof(x).sharding.spec.partitions) for x in arguments)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=live)(*arguments)
+    in_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tuple(arguments))
+
+    def inside(*blocks: Any) -> Any:
+        enter = lambda x, s: vary(x, tuple(s.reduced))  # noqa: E731
+        blocks = jax.tree.map(enter, blocks, in_specs)
+        leave = lambda s, tree: jax.tree.map(lambda x: _open(x, tuple(s.unreduced)), tree)  # noqa: E731
+        return jax.tree.map(leave, out_specs, function(*blocks), is_leaf=lambda s: isinstance(s, P))
+
+    return jax.shard_map(inside, in_specs=in_specs, out_specs=out_specs, axis_names=live)(*arguments)
 
 
 def live_axes() -> frozenset[str]:
@@ -37,8 +47,10 @@ def vary(tree: Any, axes: Sequence[str]) -> Any:
     """Marks arrays as different on each device along manual axes, which the carry of a scan has to say at its start."""
 
     def mark(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).mat.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        for axis in axes:  # one by one: a weight may be reduced over one and the same along another
+            if axis not in jax.typeof(x).mat.varying:
+                x = jax.lax.pcast(x, axis, to="varying")
+        return x
 
     return jax.tree.map(mark, tree)
 
@@ -46,3 +58,7 @@ def vary(tree: Any, axes: Sequence[str]) -> Any:
 def vary_like(tree: Any, like: jax.Array) -> Any:
     """As vary, with the axes along which `like` varies."""
     return vary(tree, tuple(jax.typeof(like).mat.varying))
+
+
+def _open(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(vary(x, axes), axes, to="unreduced") if axes else x

@@ -14,6 +14,7 @@ All that a stage needs of its neighbours was sent in the tick before. Idle stage
 keeps out of every sum.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +31,15 @@ from maxlm.parallel.schedule import Phase, Schedule, Work
 from maxlm.sharding import COMPUTE
 
 Rows = dict[str, jax.Array]
-"""tokens, targets, segments, positions, mask: [M, B, T], or [B, T] of one microbatch."""
-Block = Callable[[Any, jax.Array, Rows], jax.Array]
-"""(weights of one repeat of the layer pattern, x [B, T, D], rows) -> x."""
-Head = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Any]]
-"""(weights, x [B, T, D], rows) -> (objective, sums); both are summed over tokens here, over microbatches outside."""
+"""tokens, targets, segments, positions, mask: [M, B, T], or [B, T] of one microbatch; num_targets: [M], or a scalar."""
+Sums = dict[str, jax.Array]
+Block = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Sums]]
+"""(weights of one repeat of the layer pattern, x [B, T, D], rows) -> (x, sums over all tokens of the microbatch)."""
+Head = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Sums]]
+"""(weights, x [B, T, D], rows) -> (objective, sums), over these tokens."""
 Carry = dict[str, Any]
+OBJECTIVE = "objective"
+"""Of a block's sums, the one that is differentiated."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Pipeline:
             rows: the batch [M, B, T].
 
         Returns:
-            sums of the head over all tokens; gradients of the objective by layers, head (float32, laid out like
+            sums of the head and of all blocks; gradients of the objective by layers, head (float32, laid out like
             them) and x_MBUD.
         """
         return self._run(layers, head, x_MBUD, rows, True)
@@ -82,7 +86,8 @@ class Pipeline:
     def _run(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows, train: bool) -> Any:
         ways = jax.tree.map(passage, (self.layer_dims, self.head_dims))
         layer_specs, head_specs = jax.tree.map(lambda way: way.spec, ways)
-        x_spec, row_spec = manual_spec("MBUD", COMPUTE), manual_spec("MBT", COMPUTE)
+        x_spec = manual_spec("MBUD", COMPUTE)
+        row_specs = {name: manual_spec("MBT"[: x.ndim], COMPUTE) for name, x in rows.items()}
 
         def region(layers: Any, head: Any, x: jax.Array, rows: Rows) -> Any:
             weights = jax.tree.map(lambda w, way: enter(w, way, self.dtype), (layers, head), ways)
@@ -102,7 +107,7 @@ class Pipeline:
         out = (P(), layer_specs, head_specs, x_spec) if train else P()
         run = jax.shard_map(
             region,
-            in_specs=(layer_specs, head_specs, x_spec, row_spec),
+            in_specs=(layer_specs, head_specs, x_spec, row_specs),
             out_specs=out,
             axis_names=set(manual_axes()),
         )
@@ -118,6 +123,8 @@ class _Stage:
         self.index = lax.axis_index(STAGE)
         self.count, self.rounds = self.schedule.num_stages, self.schedule.num_rounds
         self.repeats = jax.tree.leaves(self.layers)[0].shape[1]
+        # devices that know the same sums of a block, each of which counts its share
+        self.num_shares = math.prod(lax.axis_size(axis) for axis in manual_axes() if axis != STAGE)
 
     def start(self) -> Carry:
         """Everything that a tick leaves to the next."""
@@ -125,8 +132,12 @@ class _Stage:
         dtype, shape = self.pipeline.dtype, (b, t * self.count, d)
         piece = jax.ShapeDtypeStruct((b, t, d), dtype)
         rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, t), x.dtype), self.rows)
-        sums = jax.eval_shape(self.pipeline.head, self.head, piece, rows)[1]
-        carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": jax.tree.map(_zeros, sums)}
+        sums = jax.tree.map(_zeros, jax.eval_shape(self.pipeline.head, self.head, piece, rows)[1])
+        first = jnp.zeros((), jnp.int32)
+        whole = jax.ShapeDtypeStruct(shape, dtype), self._rows_of(first)
+        of_blocks = jax.eval_shape(self._block(first, first, first + 1), self._weights(first, first), *whole)[1]
+        sums |= {name: jnp.zeros(()) for name in of_blocks if name not in sums}
+        carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": sums}
         if self.train:
             carry["inputs"] = jnp.zeros((self.schedule.num_slots, self.repeats, *shape), dtype)
             carry["returning"] = jnp.zeros(shape, dtype)
@@ -156,10 +167,12 @@ class _Stage:
         x = jnp.where((self.index == 0) & (work.round == 0), feed, carry["arriving"])
         rows = self._rows_of(work.microbatch)
 
-        def repeat(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-            return self._block(work.round, k)(self._weights(work.round, k), x, rows), x if self.train else None
+        def repeat(x: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array | None, Sums]]:
+            out, sums = self._block(work.round, k, work.active)(self._weights(work.round, k), x, rows)
+            return out, (x if self.train else None, sums)
 
-        out, inputs = lax.scan(repeat, x, jnp.arange(self.repeats))
+        out, (inputs, sums) = lax.scan(repeat, x, jnp.arange(self.repeats))
+        carry["sums"] = _add_some(carry["sums"], {name: x.sum(0) for name, x in sums.items()})
         if self.train:
             carry["inputs"] = lax.dynamic_update_index_in_dim(carry["inputs"], inputs, work.slot, 0)
         carry["arriving"] = lax.ppermute(out, STAGE, [(i, (i + 1) % self.count) for i in range(self.count)])
@@ -175,14 +188,15 @@ class _Stage:
             x = jnp.where(self.index == self.count - 1, out, jnp.zeros_like(out))
             x = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), x)
             cut = lambda x: lax.dynamic_slice_in_dim(x, self.index * size, size, 1)  # noqa: E731
-            rows = jax.tree.map(cut, self._rows_of(microbatch))
+            rows = {name: cut(x) if x.ndim else x for name, x in self._rows_of(microbatch).items()}
             if not self.train:
-                new = {"sums": self.pipeline.head(self.head, x, rows)[1]}
-                return jax.tree.map(_add, totals, new), ()
+                sums = self.pipeline.head(self.head, x, rows)[1]
+                return {"sums": _add_some(totals["sums"], sums)}, ()
             grad = jax.grad(self.pipeline.head, argnums=(0, 1), has_aux=True)
             (d_head, dx), sums = grad(self.head, x, rows)
             d_out = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), dx)
-            return vary((jax.tree.map(_add, totals, {"sums": sums, "d_head": d_head}), d_out), manual_axes())
+            d_head = jax.tree.map(_add, totals["d_head"], d_head)
+            return vary(({"sums": _add_some(totals["sums"], sums), "d_head": d_head}, d_out), manual_axes())
 
         def skip(totals: Carry, out: jax.Array) -> tuple[Carry, Any]:
             return totals, jnp.zeros_like(out) if self.train else ()
@@ -208,8 +222,10 @@ class _Stage:
 
         def repeat(state: Any, saved: Any) -> tuple[Any, None]:
             (dx, grads), (k, x) = state, saved
-            block = self._block(work.round, k)
-            dw, dx = jax.vjp(lambda w, x: block(w, x, rows), self._weights(work.round, k), x)[1](dx)
+            block = self._block(work.round, k, work.active)
+            (_, sums), pull = jax.vjp(lambda w, x: block(w, x, rows), self._weights(work.round, k), x)
+            one = {name: jnp.full_like(x, name == OBJECTIVE) for name, x in sums.items()}
+            dw, dx = pull((dx, one))
             return (dx, jax.tree.map(partial(_add_at, work.round, k), grads, dw)), None
 
         state = (d_out, carry["d_layers"])
@@ -239,12 +255,21 @@ class _Stage:
     def _weights(self, round_: jax.Array, k: jax.Array) -> Any:
         return jax.tree.map(lambda w: _pick(_pick(w, round_), k), self.layers)
 
-    def _block(self, round_: jax.Array, k: jax.Array) -> Block:
-        """The block function; repeats that fill up the stack pass x through."""
-        if self.count * self.rounds * self.repeats == self.pipeline.num_repeats:
-            return self.pipeline.block
-        real = (round_ * self.count + self.index) * self.repeats + k < self.pipeline.num_repeats
-        return lambda w, x, rows: jnp.where(real, self.pipeline.block(w, x, rows), x)
+    def _block(self, round_: jax.Array, k: jax.Array, active: jax.Array) -> Block:
+        """The block function, whose sums are this device's share of them.
+
+        Idle stages and repeats that fill up the stack add nothing; the latter pass x through.
+        """
+        index = (round_ * self.count + self.index) * self.repeats + k
+        real, filled = index < self.pipeline.num_repeats, self.pipeline.num_repeats % (self.count * self.rounds) > 0
+        counts = jnp.where(real & (active > 0), 1.0 / self.num_shares, 0.0)
+
+        def run(weights: Any, x: jax.Array, rows: Rows) -> tuple[jax.Array, Sums]:
+            out, sums = self.pipeline.block(weights, x, rows)
+            mine = {name: vary(x, manual_axes()) * counts for name, x in sums.items()}
+            return jnp.where(real, out, x) if filled else out, mine
+
+        return run
 
 
 class _Now(NamedTuple):
@@ -262,6 +287,10 @@ def _at(table: Any, t: jax.Array) -> jax.Array:
 
 def _pick(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _add_some(totals: Sums, some: Sums) -> Sums:
+    return {**totals, **{name: totals[name] + x for name, x in some.items()}}
 
 
 def _add(total: jax.Array, x: jax.Array) -> jax.Array:

@@ -159,11 +159,12 @@ def _memory(known: Mapping[str, Any]) -> str:
 
 def _parameters(known: Mapping[str, Any]) -> str:
     parts = known.get("params_by_part", {})
-    rows = [
-        (name.replace("_", " "), f"{value:,}") for name, value in parts.items() if value and name != "total_unpadded"
-    ]
+    shown = [name for name, value in parts.items() if value and name not in ("total_unpadded", "active")]
+    rows = [(name.replace("_", " "), f"{parts[name]:,}") for name in shown]
     if (unpadded := parts.get("total_unpadded")) and unpadded != parts.get("total"):
         rows.append(("without vocabulary padding", f"{unpadded:,}"))
+    if (active := parts.get("active")) and active != unpadded:
+        rows.append(("active for a token", f"{active:,}"))
     if not parts and "params" in known:
         rows.append(("parameters", f"{known['params']:,}"))
     if "flops_per_token" in known:
