@@ -57,6 +57,9 @@ def test_every_field_is_documented():
         ("model.num_kv_heads=3", ["num_kv_heads=3", "such as 2"]),
         ("model.position=learned", ["max_positions"]),
         ("model.layer_pattern=[local]", ["sliding_window"]),
+        ("model.num_experts=4", ["num_experts=4", "experts_per_token"]),
+        ("model.experts_per_token=2", ["experts_per_token=2", "num_experts"]),
+        ("mesh={expert_dispatch: exchange, expert: 2, fake_devices: 4}", ["expert_dispatch=exchange", "gather"]),
         ("foo.bar=1", ["foo", "no such field", "model"]),
         ("train.steps", ["train.steps", "section.field=value"]),
         ("train.steps.x=3", ["train.steps"]),
@@ -78,6 +81,26 @@ def test_a_bad_setting_is_one_sentence_and_exit_code_2(path, override, words, ca
     assert message.count("\n") == 1
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["experts_per_token=3"], ["experts_per_token=3", "num_experts=2"]),
+        (["experts_per_token=1"], ["experts_per_token=1", "router_normalize=false"]),
+        (["experts_per_token=2", "num_dense_layers=2"], ["num_dense_layers=2", "num_layers=2"]),
+        (["experts_per_token=2", "mlp_bias=true"], ["mlp_bias=true"]),
+        (
+            ["experts_per_token=2", "num_dense_layers=1", "layer_pattern=[global,local]", "sliding_window=4"],
+            ["num_dense_layers=1", "layer_pattern's 2"],
+        ),
+    ],
+)
+def test_experts_that_do_not_go_together_are_one_sentence(path, fields, words, capsys):
+    assert main(["config", str(path), "model.num_experts=2", *(f"model.{field}" for field in fields)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def test_gpt2_has_its_published_parameters():
         {"mlp_bias": True, "attention_bias": "all", "norm_position": "both"},
         {"norm": "layer", "norm_bias": True, "qk_norm": True, "norm_position": "post"},
         {"position": "learned", "max_positions": 17, "num_kv_heads": None},
+        {"num_experts": 4, "experts_per_token": 2, "expert_d_ff": 12, "num_dense_layers": 1, "router_bias_rate": 0.01},
+        {"num_experts": 4, "experts_per_token": 1, "router_normalize": False, "num_shared_experts": 2, "mlp": "plain"},
     ],
     ids=str,
 )
@@ -74,6 +76,39 @@ def test_counts_are_those_of_the_real_model(fields):
     config = small_config(model={**small_config().model.model_dump(), **fields})
     shapes = program_on(config).state_shapes["params"]
     assert num_params(config.model)["total"] == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_mixtral_8x7b_has_its_published_parameters_and_computes_two_experts():
+    model = llama_8b(vocab_size=32000, num_experts=8, experts_per_token=2)
+    counts = num_params(model)
+    assert (counts["total"], counts["active"]) == (46_702_792_704, 12_879_925_248)
+    # a dense model of the same width with MLPs of two experts, and the routers
+    two = llama_8b(vocab_size=32000, d_ff=2 * 14336)
+    assert train_flops_per_token(model, 4096) == train_flops_per_token(two, 4096) + 6 * 32 * 4096 * 8
+
+
+def test_deepseek_moe_16b_has_its_published_parameters():
+    # arXiv:2401.06066: 16.4 B parameters, 2.8 B active; one dense layer, 64 routed and 2 shared experts, 6 visited
+    model = llama_8b(
+        vocab_size=102400,
+        num_layers=28,
+        d_model=2048,
+        d_ff=10944,
+        num_heads=16,
+        num_kv_heads=16,
+        num_experts=64,
+        experts_per_token=6,
+        expert_d_ff=1408,
+        num_shared_experts=2,
+        num_dense_layers=1,
+        router_normalize=False,
+    )
+    counts = num_params(model)
+    assert counts["total"] == 16_375_728_128
+    assert counts["active"] == counts["total"] - 27 * (64 - 6) * 3 * 2048 * 1408
+    visited = 27 * (6 + 2) * 3 * 2048 * 1408 + 27 * 2048 * 64
+    others = 28 * 4 * 2048 * 2048 + 3 * 2048 * 10944 + 2048 * 102400
+    assert train_flops_per_token(model, 4096) == 6 * (visited + others) + 28 * 12 * 2048 * 2048
 
 
 def test_llama_8b_flops_by_hand():

@@ -86,6 +86,16 @@ def test_devices_without_coordinates_are_one_dimension():
         ),
         ({"train": {"seq_len": 18}}, {"context": 2, "stage": 2}, ["train.seq_len=18", "train.seq_len=16"]),
         ({}, {"fsdp": 8}, ["model.d_model=20", "mesh.fsdp=5"]),
+        (
+            {"model": {**MODEL, "num_experts": 6, "experts_per_token": 2, "expert_d_ff": 9}},
+            {"expert": 4},
+            ["model.num_experts=6", "mesh.expert=3"],
+        ),
+        (
+            {"model": {**MODEL, "num_experts": 6, "experts_per_token": 2, "expert_d_ff": 9}},
+            {"tensor": 2},
+            ["model.expert_d_ff=9", "mesh.tensor=1"],
+        ),
         ({"train": {"batch_size": 6}}, {"data": 2, "fsdp": 2}, ["train.batch_size=6", "train.batch_size=8"]),
         ({"train": {"grad_accum": 4}}, {"fsdp": 4}, ["4 microbatches", "train.batch_size=16"]),
     ],
