@@ -103,6 +103,20 @@ def test_stop_and_resume_is_bit_exact_on_the_same_and_loss_equal_on_another_mesh
     np.testing.assert_allclose(rows(moved, "heldout_loss")[6], rows(straight, "heldout_loss")[6], rtol=1e-5)
 
 
+@pytest.mark.long
+def test_a_run_moves_into_a_pipeline_and_out_of_it(tmp_path, store):
+    """Three layers: two stages of two hold one more, which is never run and is left behind."""
+    train = {"grad_accum": 2, "seq_len": 48}
+    straight = config(tmp_path / "a", store, train=train)
+    maxlm.train(straight)
+    meshes = ({}, {"data": 1, "stage": 2}, {"data": 1, "fsdp": 1, "tensor": 1, "stage": 3}, {})
+    for steps, mesh in zip((1, 3, 5, 6), meshes, strict=True):
+        size = {"fake_devices": 3} if mesh.get("stage") == 3 else {}
+        moved = config(tmp_path / "b", store, train={**train, "steps": steps}, mesh={**mesh, **size})
+        maxlm.train(moved)
+    np.testing.assert_allclose(list(rows(moved).values()), list(rows(straight).values()), rtol=1e-5)
+
+
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys):
     cfg = config(tmp_path, store, train={"steps": 2})
     path = tmp_path / "c.yaml"
