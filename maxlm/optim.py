@@ -82,13 +82,7 @@ def make_optimizer(
         steps.append(optax.add_decayed_weights(optim.weight_decay, mask=jax.tree.map(lambda m: not m, kept)))
     steps.append(optax.scale_by_learning_rate(make_schedule(optim, num_steps)))
     steps.append(_scale(_lr_factors(optim, dims)))
-    label = lambda f, d: "frozen" if f else "balanced" if _is_router_bias(d) else "trained"  # noqa: E731
-    transforms: dict[Any, optax.GradientTransformation] = {"frozen": optax.set_to_zero()}
-    transforms["trained"] = optax.chain(*steps)
-    if router_bias_rate:
-        against = lambda errors, _: jax.tree.map(lambda e: -router_bias_rate * jnp.sign(e), errors)  # noqa: E731
-        transforms["balanced"] = optax.stateless(against)
-    return optax.partition(transforms, jax.tree.map(label, frozen, dims))
+    return _partition(optax.chain(*steps), frozen, dims, router_bias_rate)
 
 
 def grad_norm(grads: Tree, dims: Tree) -> jax.Array:
@@ -146,6 +140,18 @@ def ema_update(ema: Tree, params: Tree, decay: float, step: jax.typing.ArrayLike
     step = jnp.asarray(step, jnp.float32)
     keep = jnp.minimum(jnp.float32(decay), (1 + step) / (10 + step))
     return optax.incremental_update(params, ema, 1 - keep)
+
+
+def _partition(
+    trained: optax.GradientTransformation, frozen: Tree, dims: Tree, router_bias_rate: float
+) -> optax.GradientTransformationExtraArgs:
+    """Every parameter with its own rule: trained, frozen, or balanced (a router's bias)."""
+    label = lambda f, d: "frozen" if f else "balanced" if _is_router_bias(d) else "trained"  # noqa: E731
+    rules: dict[Any, optax.GradientTransformation] = {"trained": trained, "frozen": optax.set_to_zero()}
+    if router_bias_rate:
+        against = lambda errors, _: jax.tree.map(lambda e: -router_bias_rate * jnp.sign(e), errors)  # noqa: E731
+        rules["balanced"] = optax.stateless(against)
+    return optax.partition(rules, jax.tree.map(label, frozen, dims))
 
 
 def _direction(optim: OptimConfig, dims: Tree, live: Tree) -> optax.GradientTransformation:

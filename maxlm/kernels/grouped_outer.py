@@ -33,16 +33,7 @@ def grouped_outer(a_CD: jax.Array, b_CF: jax.Array, sizes_E: jax.Array, interpre
     rows = min(ROW_BYTES // width, -(-C // 16) * 16)
     f_tile = _tile(F, 1536)
     d_tile = _tile(D, TILE_BYTES // width // f_tile)
-    # An expert visits the tiles of rows that it has a part in, one without rows the one where it would be: it has
-    # zeros to write. Neighbours may share a tile, so there are at most so many visits:
-    most = -(-C // rows) + 2 * E
-    starts = jnp.cumsum(sizes_E) - sizes_E
-    first = jnp.minimum(starts, C - 1) // rows
-    visits = jnp.maximum((starts + sizes_E - 1) // rows, first) - first + 1
-    ends = jnp.cumsum(visits)
-    visit = jnp.arange(most, dtype=jnp.int32)
-    expert = jnp.minimum((visit[:, None] >= ends[None]).sum(1, dtype=jnp.int32), E - 1)
-    tile = jnp.minimum(first[expert] + visit - (ends - visits)[expert], -(-C // rows) - 1)
+    starts, expert, tile, num_visits = _visits(sizes_E, C, rows)
     varying = jax.typeof(a_CD).mat.varying | jax.typeof(b_CF).mat.varying
     return pl.pallas_call(
         _kernel,
@@ -51,7 +42,7 @@ def grouped_outer(a_CD: jax.Array, b_CF: jax.Array, sizes_E: jax.Array, interpre
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(D // d_tile, F // f_tile, ends[-1]),
+            grid=(D // d_tile, F // f_tile, num_visits),
             in_specs=[
                 pl.BlockSpec((rows, d_tile), lambda d, f, v, starts, sizes, expert, tile: (tile[v], d)),
                 pl.BlockSpec((rows, f_tile), lambda d, f, v, starts, sizes, expert, tile: (tile[v], f)),
@@ -69,6 +60,26 @@ def grouped_outer(a_CD: jax.Array, b_CF: jax.Array, sizes_E: jax.Array, interpre
         ),
         interpret=interpret,
     )(starts, sizes_E, expert, tile, a_CD, b_CF)
+
+
+def _visits(sizes_E: jax.Array, num_rows: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Which expert meets which tile of `rows` rows, visit by visit.
+
+    An expert visits the tiles that hold rows of it; one without rows the tile where they would be, since it has zeros
+    to write. Neighbours may share a tile.
+
+    Returns:
+        First row of each expert; expert and tile of each visit; number of visits, at most as many as the arrays hold.
+    """
+    num_tiles, num_experts = -(-num_rows // rows), sizes_E.shape[0]
+    starts = jnp.cumsum(sizes_E) - sizes_E
+    first = jnp.minimum(starts, num_rows - 1) // rows
+    visits = jnp.maximum((starts + sizes_E - 1) // rows, first) - first + 1
+    ends = jnp.cumsum(visits)
+    visit = jnp.arange(num_tiles + 2 * num_experts, dtype=jnp.int32)
+    expert = jnp.minimum((visit[:, None] >= ends[None]).sum(1, dtype=jnp.int32), num_experts - 1)
+    tile = jnp.minimum(first[expert] + visit - (ends - visits)[expert], num_tiles - 1)
+    return starts, expert, tile, ends[-1]
 
 
 def _kernel(starts, sizes, expert, tile, a, b, out, total):

@@ -1,1 +1,4 @@
-"""The transformer. It knows no mesh: attention kernel and layer stack are passed in, weights arrive gathered."""
+"""The transformer. It knows no mesh: attention kernel, expert dispatch and layer stack are passed in.
+
+Weights arrive gathered.
+"""
