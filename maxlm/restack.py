@@ -69,4 +69,6 @@ class Stack:
 
         with jax.set_mesh(sharding.mesh):
             auto = jax.sharding.auto_axes(run, out_sharding=sharding.spec)
-            return jax.jit(auto, donate_argnums=0, out_shardings=sharding)(x)
+            out = jax.jit(auto, out_shardings=sharding)(x)
+        x.delete()  # of another shape, so it cannot be donated; the state is not held twice
+        return out
