@@ -1,6 +1,7 @@
 """A server that speaks Google Cloud Storage's protocol on this machine."""
 
 import contextlib
+import functools
 import json
 import re
 import threading
@@ -14,20 +15,21 @@ import pytest
 @contextlib.contextmanager
 def gcs_bucket() -> Iterator[str]:
     """An empty bucket, which tensorstore and gcsfs find by their environment variables."""
-
-    class Handler(GcsHandler):
-        objects = {}
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
+    url = f"http://127.0.0.1:{_server().server_port}"
+    GcsHandler.objects.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "secret")
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield "gs://some-bucket"
-    server.shutdown()
-    server.server_close()
+
+
+@functools.cache
+def _server() -> ThreadingHTTPServer:
+    # one for the whole process: clients keep their connections, and would go on talking to an earlier one
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GcsHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
 
 
 class GcsHandler(BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ from maxlm.config import MeshConfig
 from maxlm.mesh import make_mesh
 from maxlm.step import build_program
 
-pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu")]
+pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu"), pytest.mark.long]
 
 L, D, F, V, H = 4, 2048, 5632, 8192, 128
 MODEL = {
