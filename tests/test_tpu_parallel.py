@@ -68,6 +68,7 @@ def test_fsdp_and_tensor():
         ("all-gather", "fsdp"): matrix,
         ("reduce-scatter", "fsdp"): matrix,
         ("all-reduce", "fsdp"): matrix,  # the last hop of a matrix whose shard is narrower than a tile's lanes
+        ("collective-permute", "fsdp"): matrix,  # the compiler's way to line up a scatter that it pads
         ("all-reduce", "tensor"): residual,
         ("all-gather", "tensor"): residual,
         ("reduce-scatter", "tensor"): residual,
@@ -96,7 +97,8 @@ def test_context_moves_keys_by_permutes_or_gathers(kind):
     program, found = compiled("v5e:4x4", context=4, fsdp=4, context_attention=kind)
     keys = 2 * (B // 4) * T * 8 * H  # of all shards
     matrix = int(1.1 * 2 * D * F)  # a scatter may be padded to whole tiles
-    weights = dict.fromkeys([("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "fsdp")], matrix)
+    kinds = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+    weights = dict.fromkeys([(name, "fsdp") for name in kinds], matrix)
     between = {
         "ring": {("collective-permute", "context"): 2 * keys // 4},  # float32 gradients travel with the keys
         "gather": {("all-gather", "context"): keys, ("reduce-scatter", "context"): 2 * keys},
