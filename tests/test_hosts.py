@@ -183,7 +183,7 @@ def test_a_killed_host_ends_the_others_and_is_named(tmp_path):
 def test_hosts_that_were_asked_for_different_things_end_together(tmp_path):
     processes = start_hosts(write_config(tmp_path, "r"), 2, arguments={1: ["mesh.tensor=3"]})
     said = finish(processes, [1, 1])
-    assert "failed: ConfigError: mesh data 1 x fsdp 2 x tensor 3 needs 6 devices" in said[0]
+    assert "failed: ConfigError: mesh fsdp 2 x tensor 3 needs 6 devices" in said[0]
 
 
 @pytest.mark.parametrize("launcher", ["by hand", "slurm", "open mpi"])
