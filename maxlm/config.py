@@ -136,6 +136,9 @@ class TrainConfig(Section):
         "full", description="What the backward pass recomputes: nothing, whole layers, or all but matmul outputs."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
+    dropout: BelowOne = Field(
+        0.0, description="Share of features dropped after the embedding and after each sublayer, in training alone."
+    )
     z_loss: NonNegative = Field(0.0, description="Weight of log(Z)**2, which keeps logits from drifting (PaLM, 5).")
     start_from: str | None = Field(
         None,

@@ -1,6 +1,7 @@
-"""Next-token cross entropy in float32, with z-loss; losses of routers."""
+"""What a step minimizes and reports: next-token cross entropy in float32, z-loss, losses of routers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ from maxlm.config import ModelConfig
 from maxlm.sharding import compute_spec
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segments, positions: int32 [B, T]; mask: float32 [B, T], 1 where a target counts."""
+"""tokens, targets, segments, positions: int32 [B, T]; mask: float32 [B, T], 1 where a target counts.
+
+In training with dropout also noise: uint32 [B, T], a random word for each token.
+"""
+
+Sums = dict[str, jax.Array]
+"""float32 scalars."""
 
 TokenLoss = Callable[[jax.Array, Batch], jax.Array]
 """(logits_BTV, batch) -> loss of every token [B, T], float32; the step takes the mean over batch["mask"]."""
@@ -46,13 +53,48 @@ ROUTER_METRICS = ("balance_loss", "router_z_loss", "load_imbalance")
 """What routers report and the step shows as means over layers; see model.moe.router_losses."""
 
 
-def router_loss(model: ModelConfig, aux: dict[str, jax.Array]) -> jax.Array:
-    """What routers add to the loss of every target: the sum over layers of their weighted losses.
+@dataclass(frozen=True)
+class Objective:
+    """The objective, and what is reported with it, as sums over targets: parts of a batch may be added up.
 
-    Args:
-        model: gives the weights, and whether biases balance the load.
-        aux: float32 scalars, sums over layers, from the model.
+    Attributes:
+        model: says what routers weigh.
+        token_loss: loss of every token; None is plain cross entropy.
     """
-    total = model.aux_loss * aux["balance_loss"] + model.router_z_loss * aux["router_z_loss"]
-    # always 0, with the load errors as its gradient
-    return total + aux["router_bias"] if model.router_bias_rate else total
+
+    model: ModelConfig
+    token_loss: TokenLoss | None
+
+    @property
+    def names(self) -> list[str]:
+        """The sums; "objective" is one where it is not "loss", the cross entropy."""
+        other = self.token_loss is not None or bool(self.model.aux_loss or self.model.router_z_loss)
+        of_routers = (*ROUTER_METRICS, "dropped_tokens") if self.model.num_experts else ()
+        return ["loss", "targets", *of_routers] + ["objective"] * other
+
+    def of_tokens(self, logits_BTV: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+        """The objective of tokens, and its sums."""
+        loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
+        sums = {"loss": loss, "targets": rows["mask"].sum()}
+        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        if "objective" in self.names:
+            sums["objective"] = objective
+        return objective, sums
+
+    def of_routers(self, aux: Sums, num_targets: jax.Array) -> Sums:
+        """What routers report about a microbatch, counted as if each of its targets had it.
+
+        So the mean over targets weighs the losses of routers, like those of tokens, by targets.
+
+        Args:
+            aux: sums over layers, from the model; none of a dense one.
+            num_targets: of the microbatch, on all devices.
+        """
+        if not aux:
+            return {}
+        model = self.model
+        metrics = {name: aux[name] * num_targets / model.num_expert_layers for name in ROUTER_METRICS}
+        loss = model.aux_loss * aux["balance_loss"] + model.router_z_loss * aux["router_z_loss"]
+        if model.router_bias_rate:
+            loss += aux["router_bias"]  # always 0, with the load errors as its gradient
+        return {**metrics, "dropped_tokens": aux["dropped_tokens"], "objective": num_targets * loss}

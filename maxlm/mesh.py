@@ -149,11 +149,6 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     shares = sizes["stage"] * config.mesh.rounds
     if config.mesh.rounds > 1 and sizes["stage"] == 1:
         raise ConfigError(f"mesh.rounds={config.mesh.rounds} needs a pipeline: set mesh.stage, or mesh.rounds=1")
-    if sizes["stage"] > 1 and model.num_dense_layers:
-        raise ConfigError(
-            f"mesh.stage={sizes['stage']} does not go with model.num_dense_layers={model.num_dense_layers} yet: a "
-            "pipeline's stages hold layers of one pattern; use mesh.stage=1"
-        )
     if sizes["stage"] > 1 and shares > model.num_repeats:
         raise ConfigError(
             f"mesh.stage={sizes['stage']} x mesh.rounds={config.mesh.rounds} is {shares} shares of layers, but the "

@@ -24,7 +24,7 @@ from maxlm.kernels.attention import attention
 from maxlm.kernels.grouped_mlp import ExpertWeights, grouped_mlp, grouped_mlp_grads
 from maxlm.kernels.grouped_outer import grouped_outer
 from maxlm.mesh import make_mesh
-from maxlm.model.stack import run_repeat
+from maxlm.model.stack import Ops, run_repeat
 from maxlm.parallel.expert import dispatch_experts
 from maxlm.parallel.island import vary
 from maxlm.sharding import compute_spec
@@ -167,9 +167,9 @@ def test_a_pipeline_stage_gives_outputs_reports_and_gradients_of_one_device():
     model = {"num_experts": 8, "experts_per_token": 2, "expert_d_ff": 12, "num_shared_experts": 1, "num_layers": 2}
     model |= {"router_bias_rate": 0.01, "d_model": 20, "num_heads": 4, "num_kv_heads": 2}
     one = program_on(small_config(model={**small_config().model.model_dump(), **model}))
-    block = partial(run_repeat, kernel=attention, dispatch=partial(dispatch_experts, "gather", None))
+    ops = Ops(attention, partial(dispatch_experts, "gather", None))
     with jax.set_mesh(one.mesh):
-        graph, state = nnx.split(nnx.merge(one.graph, perturbed_params(one)).layers)
+        graph, state = nnx.split(nnx.merge(one.passes.graph, perturbed_params(one)).layers)
     leaves, tree = jax.tree.flatten(state)
     dims = jax.tree.leaves(one.dims["layers"])
     rng = np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_a_pipeline_stage_gives_outputs_reports_and_gradients_of_one_device():
 
     def stage(leaves, x, cotangent, positions, segments, *manual):
         leaves = [vary(w, manual) for w in leaves]
-        apply = lambda leaves, x: block(graph, jax.tree.unflatten(tree, leaves), x, positions, segments)  # noqa: E731
+        apply = lambda leaves, x: run_repeat(graph, jax.tree.unflatten(tree, leaves), x, positions, segments, 0, ops)  # noqa: E731
         (y, aux), pull = jax.vjp(apply, leaves, x)
         ones = jax.tree.map(lambda a: vary(jnp.ones(()), tuple(jax.typeof(a).mat.varying)), aux)
         d_leaves, dx = pull((cotangent, ones))

@@ -222,7 +222,7 @@ def both(family: str, **mesh: int) -> SimpleNamespace:
 def our_logits(program: Program, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     """Logits [B, T, V] of a host batch [1, B, T]."""
     with jax.set_mesh(program.mesh):
-        run = jax.jit(lambda p, b: program.logits(p, {k: v[0] for k, v in b.items()}))
+        run = jax.jit(lambda p, b: program.passes.logits(p, {k: v[0] for k, v in b.items()}))
         return np.asarray(run(*place(program, params, batch)))
 
 

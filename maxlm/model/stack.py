@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from maxlm.config import ModelConfig
 from maxlm.model.attention import Attention, AttentionKernel
+from maxlm.model.dropout import Drop, keep_all
 from maxlm.model.mlp import Mlp
 from maxlm.model.moe import Aux, Dispatch, Moe
 from maxlm.model.norm import Norm
@@ -25,6 +27,21 @@ REMAT_POLICIES = {
 
 LEADING_DIMS = {0: "", 1: "L", 3: "RPL"}
 """Dimension letters that stacked parameters have before their own, by their number."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What layers are given, since it depends on the mesh and the step.
+
+    Attributes:
+        kernel: attention kernel.
+        dispatch: brings tokens to experts.
+        drop: dropout of what is added to the residual stream.
+    """
+
+    kernel: AttentionKernel
+    dispatch: Dispatch
+    drop: Drop = keep_all
 
 
 class Block(nnx.Module):
@@ -46,19 +63,19 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array,
-        kernel: AttentionKernel,
-        dispatch: Dispatch,
+        number: jax.Array | int,
+        ops: Ops,
     ) -> tuple[jax.Array, Aux]:
-        """Returns the residual stream [B, T, D] after this block, and what its router reports."""
+        """Returns the residual stream [B, T, D] after this block, the number-th, and what its router reports."""
         h, aux = _apply(self.attention_norm, x_BTD), {}
-        h = self.attention(h, positions_BT, segments_BT, kernel)
-        x_BTD = x_BTD + _apply(self.attention_post_norm, h)
+        h = self.attention(h, positions_BT, segments_BT, ops.kernel)
+        x_BTD = x_BTD + ops.drop(_apply(self.attention_post_norm, h), 2 * number + 1)
         h = _apply(self.mlp_norm, x_BTD)
         if self.mlp is not None:
             h = self.mlp(h)
         elif self.moe is not None:
-            h, aux = self.moe(h, dispatch)
-        return x_BTD + _apply(self.mlp_post_norm, h), aux
+            h, aux = self.moe(h, ops.dispatch)
+        return x_BTD + ops.drop(_apply(self.mlp_post_norm, h), 2 * number + 2), aux
 
 
 def make_layers(
@@ -93,35 +110,37 @@ def run_layers(
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array,
+    first: int,
     *,
-    kernel: AttentionKernel,
-    dispatch: Dispatch,
+    ops: Ops,
     remat: str,
 ) -> tuple[jax.Array, Aux]:
-    """Runs all blocks in order; weights are gathered one repeat of the pattern at a time.
+    """Runs all blocks of a stack in order; weights are gathered one repeat of the pattern at a time.
 
     Args:
         layers: from make_layers, with the step's parameters.
         x_BTD: residual stream; its dtype is the compute dtype.
         positions_BT: int32 positions within documents.
         segments_BT: int32 document numbers.
-        kernel: attention kernel.
-        dispatch: brings tokens to experts.
+        first: number of the first block in the model.
+        ops: what layers are given.
         remat: a key of REMAT_POLICIES.
 
     Returns:
         The residual stream, and the sums over layers of what they add up beside it.
     """
     graphdef, state = nnx.split(layers)
-    dims = dims_of(state)
+    dims, count = dims_of(state), len(layers)
+    repeats = jax.tree.leaves(state)[0].shape[0]
 
     def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, Aux]:
-        weights = gather_weights(repeat, dims, x.dtype)
-        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, kernel=kernel, dispatch=dispatch)
+        stored, number = repeat
+        weights = gather_weights(stored, dims, x.dtype)
+        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, number, ops)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BTD, aux = jax.lax.scan(body, x_BTD, state)
+    x_BTD, aux = jax.lax.scan(body, x_BTD, (state, first + count * jnp.arange(repeats)))
     return x_BTD, jax.tree.map(lambda values: values.sum(), aux)
 
 
@@ -131,9 +150,8 @@ def run_repeat(
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array,
-    *,
-    kernel: AttentionKernel,
-    dispatch: Dispatch,
+    first: jax.Array | int,
+    ops: Ops,
 ) -> tuple[jax.Array, Aux]:
     """Runs the blocks of one repeat of the layer pattern.
 
@@ -143,8 +161,8 @@ def run_repeat(
         x_BTD: residual stream; its dtype is the compute dtype.
         positions_BT: int32 positions within documents.
         segments_BT: int32 document numbers.
-        kernel: attention kernel.
-        dispatch: brings tokens to experts.
+        first: number of the first of these blocks in the model.
+        ops: what layers are given.
 
     Returns:
         The residual stream, and sums over the blocks of what their routers report about all tokens of the microbatch:
@@ -152,7 +170,7 @@ def run_repeat(
     """
     blocks, reports = nnx.merge(graphdef, weights), []
     for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
-        x_BTD, aux = blocks[str(i)](x_BTD, positions_BT, segments_BT, kernel, dispatch)
+        x_BTD, aux = blocks[str(i)](x_BTD, positions_BT, segments_BT, first + i, ops)
         reports.append(aux)
     return x_BTD, jax.tree.map(lambda *values: sum(values[1:], values[0]), *reports)
 

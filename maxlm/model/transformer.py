@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config import ModelConfig
+from maxlm.model.dropout import Drop, keep_all
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
 from maxlm.model.stack import Aux, gather_weights, make_layers
 from maxlm.sharding import compute_spec, constrain, einsum, gather
 
-Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Aux]]
-"""Runs the layers: (layers, x_BTD, positions_BT, segments_BT) -> x_BTD and sums of what layers report."""
+Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, Aux]]
+"""(layers, x_BTD, positions_BT, segments_BT, number of the first) -> x_BTD and sums of what layers report."""
 
 
 class Transformer(nnx.Module):
@@ -43,6 +44,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array,
         stack: Stack,
+        drop: Drop = keep_all,
         at: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
         """Predicts the next token at every position, or at one.
@@ -52,26 +54,28 @@ class Transformer(nnx.Module):
             positions_BT: int32 positions within documents.
             segments_BT: int32 document numbers; a token attends within its own.
             stack: runs the layers.
+            drop: dropout of the embedding.
             at: int32 scalar; only the logits of this position are computed, and T is 1 in what is returned.
 
         Returns:
             float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
             and the sums over layers of what they report.
         """
-        x_BTD = self.embedded(tokens_BT, positions_BT)
+        x_BTD = self.embedded(tokens_BT, positions_BT, drop)
         if self.dense_layers is not None:
-            x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT)
-        x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT)
+            x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT, 0)
+        x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_dense_layers)
         if at is not None:
             x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
         return self.logits(x_BTD), aux
 
-    def embedded(self, tokens: jax.Array, positions: jax.Array, dims: str = "BT") -> jax.Array:
+    def embedded(self, tokens: jax.Array, positions: jax.Array, drop: Drop = keep_all, dims: str = "BT") -> jax.Array:
         """What enters the layers.
 
         Args:
             tokens: int32 token ids.
             positions: int32 positions within documents.
+            drop: dropout.
             dims: their dimensions, "BT" or "MBT".
 
         Returns:
@@ -83,7 +87,7 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.config.embedding_scale, dtype)
         if self.positions is not None:
             x = x + _lookup(f"{dims}D", gather(self.positions[...], "TD", dtype), positions)
-        return x
+        return drop(x, 0)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] of what leaves the layers."""

@@ -4,6 +4,7 @@ What sharding.py says in types for the plain path is said here with collectives:
 time, and on the way back scatter over fsdp and sum over replicas, slices last.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.island import island
-from maxlm.sharding import PARAM, Axes, mesh_axes, replica_axes, spec
+from maxlm.parallel.island import island, vary
+from maxlm.sharding import PARAM, Axes, mesh_axes, replica_axes, spec, weight_dtype
 
 STAGE = "stage"
 
@@ -61,9 +62,9 @@ def passage(dims: str) -> Passage:
 
 def enter(w: jax.Array, way: Passage, dtype: Any) -> jax.Array:
     """Casts a parameter and gathers it over fsdp; the stage dim, of size one here, is dropped."""
-    w = w.astype(dtype)
+    w = w.astype(weight_dtype(way.dims, dtype))
     for axis in reversed(way.fsdp):
-        w = _local(lambda x, axis=axis: lax.all_gather(x, axis, axis=way.dims.index("D"), tiled=True), w)
+        w = local(lambda x, axis=axis: lax.all_gather(x, axis, axis=way.dims.index("D"), tiled=True), w)
     return lax.squeeze(w, [way.dims.index("P")]) if "P" in way.dims else w
 
 
@@ -75,7 +76,7 @@ def leave(g: jax.Array, way: Passage) -> jax.Array:
         scatter = lambda x, axis=axis: lax.psum_scatter(  # noqa: E731
             x, axis, scatter_dimension=way.dims.index("D"), tiled=True
         )
-        g = _local(scatter, g)
+        g = local(scatter, g)
     *near, last = (None, *way.replicas)
     if last == "slice":  # alone: over the slow network goes what a slice has summed
         g = lax.psum(g, tuple(near[1:])) if near[1:] else g
@@ -83,6 +84,11 @@ def leave(g: jax.Array, way: Passage) -> jax.Array:
     return lax.psum(g, way.replicas) if way.replicas else g
 
 
-def _local(collective: Any, x: jax.Array) -> jax.Array:
-    # manual over tensor too: in a region that is partly manual such a collective aborts on CPU or replicates on TPU
+def zeros_of_gradient(w: jax.Array) -> jax.Array:
+    """Float32 zeros to which the gradients of a weight in use are added."""
+    return vary(jnp.zeros(w.shape, jnp.float32, out_sharding=jax.typeof(w).sharding.spec), manual_axes())
+
+
+def local(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Runs a collective manual over tensor too: in a partly manual region it aborts on CPU or replicates on TPU."""
     return island(collective, [x], jax.typeof(x).sharding.spec)

@@ -8,7 +8,7 @@ blocks alone and runs each block again in the backward pass.
 
 The tokens of the residual stream are split over the stages where it waits outside: what enters the first stage, and
 what leaves it for the embedding. The loss is shared out as well: every stage does 1/P of the tokens of the last
-stage's output, or the others would wait for it.
+stage's output, or the others would wait for it. So are layers that come before those of the pattern (lead.py).
 
 All that a stage needs of its neighbours was sent in the tick before. Idle stages work on garbage, which the timetable
 keeps out of every sum.
@@ -25,18 +25,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from maxlm.parallel.island import island, vary
-from maxlm.parallel.manual import STAGE, enter, leave, manual_axes, manual_spec, passage
+from maxlm.parallel.island import vary
+from maxlm.parallel.lead import Block, Rows, lead_backward, lead_forward
+from maxlm.parallel.manual import (
+    STAGE,
+    enter,
+    leave,
+    local,
+    manual_axes,
+    manual_spec,
+    passage,
+    zeros_of_gradient,
+)
 from maxlm.parallel.schedule import Phase, Schedule, Work
 from maxlm.sharding import COMPUTE
 
-Rows = dict[str, jax.Array]
-"""tokens, targets, segments, positions, mask: [M, B, T], or [B, T] of one microbatch; num_targets: [M], or a scalar."""
 Sums = dict[str, jax.Array]
-Block = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Sums]]
-"""(weights of one repeat of the layer pattern, x [B, T, D], rows) -> (x, sums over all tokens of the microbatch)."""
+OwnBlock = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Sums]]
 Head = Callable[[Any, jax.Array, Rows], tuple[jax.Array, Sums]]
 """(weights, x [B, T, D], rows) -> (objective, sums), over these tokens."""
+Weights = dict[str, Any]
+"""Trees of parameters, or of what belongs to them: "layers", "head", and "lead" if there is one."""
 Carry = dict[str, Any]
 OBJECTIVE = "objective"
 """Of a block's sums, the one that is differentiated."""
@@ -49,10 +58,10 @@ class Pipeline:
     Attributes:
         schedule: the timetable.
         num_repeats: repeats of the layer pattern that are real; the stack is filled up to R x P x K.
-        block: runs one repeat.
+        block: runs one repeat; reports sums over all tokens of the microbatch.
         head: ends a microbatch.
-        layer_dims: dimension letters of the layers' weights, tree of "RPL...".
-        head_dims: of the head's weights.
+        lead: runs one repeat of layers before those, if there are any.
+        dims: dimension letters of the weights; those of layers lead with RPL.
         dtype: compute dtype.
     """
 
@@ -60,39 +69,39 @@ class Pipeline:
     num_repeats: int
     block: Block
     head: Head
-    layer_dims: Any
-    head_dims: Any
+    lead: Block | None
+    dims: Weights
     dtype: Any
 
-    def value_and_grad(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows) -> tuple[Any, Any, Any, jax.Array]:
+    def value_and_grad(self, weights: Weights, x_MBUD: jax.Array, rows: Rows) -> tuple[Sums, Weights, jax.Array]:
         """Runs all microbatches forward and backward.
 
         Args:
-            layers: float32 weights [R, P, K, ...] at rest.
-            head: float32 weights of the head at rest.
+            weights: float32, at rest; layers [R, P, K, ...].
             x_MBUD: embedded tokens, split over tokens by the stages too.
             rows: the batch [M, B, T].
 
         Returns:
-            sums of the head and of all blocks; gradients of the objective by layers, head (float32, laid out like
-            them) and x_MBUD.
+            sums of the head and of all blocks; gradients of the objective by weights (float32, laid out like them)
+            and by x_MBUD.
         """
-        return self._run(layers, head, x_MBUD, rows, True)
+        return self._run(weights, x_MBUD, rows, True)
 
-    def value(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows) -> Any:
+    def value(self, weights: Weights, x_MBUD: jax.Array, rows: Rows) -> Sums:
         """Runs all microbatches forward. Args as value_and_grad; returns the sums."""
-        return self._run(layers, head, x_MBUD, rows, False)
+        return self._run(weights, x_MBUD, rows, False)
 
-    def _run(self, layers: Any, head: Any, x_MBUD: jax.Array, rows: Rows, train: bool) -> Any:
-        ways = jax.tree.map(passage, (self.layer_dims, self.head_dims))
-        layer_specs, head_specs = jax.tree.map(lambda way: way.spec, ways)
+    def _run(self, weights: Weights, x_MBUD: jax.Array, rows: Rows, train: bool) -> Any:
+        ways = jax.tree.map(passage, self.dims)
+        specs = jax.tree.map(lambda way: way.spec, ways)
         x_spec = manual_spec("MBUD", COMPUTE)
         row_specs = {name: manual_spec("MBT"[: x.ndim], COMPUTE) for name, x in rows.items()}
 
-        def region(layers: Any, head: Any, x: jax.Array, rows: Rows) -> Any:
-            weights = jax.tree.map(lambda w, way: enter(w, way, self.dtype), (layers, head), ways)
+        def region(weights: Weights, x: jax.Array, rows: Rows) -> Any:
+            weights = jax.tree.map(lambda w, way: enter(w, way, self.dtype), weights, ways)
             weights, x, rows = vary((weights, x, rows), manual_axes())
-            stage = _Stage(self, weights, x, rows, train)
+            led = lead_forward(self.lead, weights["lead"], x, rows) if self.lead else x
+            stage = _Stage(self, weights, led, rows, train)
             carry = stage.start()
             for phase in self.schedule.phases:
                 if train or phase.forward:
@@ -101,25 +110,22 @@ class Pipeline:
             sums = lax.psum(carry["sums"], manual_axes())
             if not train:
                 return sums
-            grads = jax.tree.map(leave, (carry["d_layers"], carry["d_head"]), ways)
-            return sums, *grads, carry["dx"]
+            grads, dx = {"layers": carry["d_layers"], "head": carry["d_head"]}, carry["dx"]
+            if self.lead:
+                grads["lead"], dx = lead_backward(self.lead, weights["lead"], x, rows, dx)
+            return sums, jax.tree.map(leave, grads, ways), dx
 
-        out = (P(), layer_specs, head_specs, x_spec) if train else P()
-        run = jax.shard_map(
-            region,
-            in_specs=(layer_specs, head_specs, x_spec, row_specs),
-            out_specs=out,
-            axis_names=set(manual_axes()),
-        )
-        return run(layers, head, x_MBUD, rows)
+        out = (P(), specs, x_spec) if train else P()
+        run = jax.shard_map(region, in_specs=(specs, x_spec, row_specs), out_specs=out, axis_names=set(manual_axes()))
+        return run(weights, x_MBUD, rows)
 
 
 class _Stage:
     """One stage's view, inside the region: its gathered weights [R, K, ...], its part of x and all rows."""
 
-    def __init__(self, pipeline: Pipeline, weights: tuple[Any, Any], x: jax.Array, rows: Rows, train: bool):
+    def __init__(self, pipeline: Pipeline, weights: Weights, x: jax.Array, rows: Rows, train: bool):
         self.pipeline, self.schedule, self.train = pipeline, pipeline.schedule, train
-        (self.layers, self.head), self.x, self.rows = weights, x, rows
+        self.layers, self.head, self.x, self.rows = weights["layers"], weights["head"], x, rows
         self.index = lax.axis_index(STAGE)
         self.count, self.rounds = self.schedule.num_stages, self.schedule.num_rounds
         self.repeats = jax.tree.leaves(self.layers)[0].shape[1]
@@ -143,7 +149,7 @@ class _Stage:
             carry["returning"] = jnp.zeros(shape, dtype)
             carry["d_out"] = jnp.zeros((self.schedule.num_head_slots, *shape), dtype)
             carry["dx"] = jnp.zeros(self.x.shape, dtype)
-            carry["d_layers"], carry["d_head"] = jax.tree.map(_float32_zeros, (self.layers, self.head))
+            carry["d_layers"], carry["d_head"] = jax.tree.map(zeros_of_gradient, (self.layers, self.head))
         return vary(carry, manual_axes())
 
     def tick(self, phase: Phase, carry: Carry, t: jax.Array) -> tuple[Carry, None]:
@@ -163,7 +169,7 @@ class _Stage:
         work = self._work(self.schedule.forward, t)
         # the same microbatch enters on every stage's clock: its parts are gathered from all stages
         enters = _at(self.schedule.forward.microbatch[:, 0], t)
-        feed = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), _pick(self.x, enters))
+        feed = local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), _pick(self.x, enters))
         x = jnp.where((self.index == 0) & (work.round == 0), feed, carry["arriving"])
         rows = self._rows_of(work.microbatch)
 
@@ -186,7 +192,7 @@ class _Stage:
 
         def run(totals: Carry, out: jax.Array) -> tuple[Carry, Any]:
             x = jnp.where(self.index == self.count - 1, out, jnp.zeros_like(out))
-            x = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), x)
+            x = local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), x)
             cut = lambda x: lax.dynamic_slice_in_dim(x, self.index * size, size, 1)  # noqa: E731
             rows = {name: cut(x) if x.ndim else x for name, x in self._rows_of(microbatch).items()}
             if not self.train:
@@ -194,7 +200,7 @@ class _Stage:
                 return {"sums": _add_some(totals["sums"], sums)}, ()
             grad = jax.grad(self.pipeline.head, argnums=(0, 1), has_aux=True)
             (d_head, dx), sums = grad(self.head, x, rows)
-            d_out = _local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), dx)
+            d_out = local(lambda x: lax.all_gather(x, STAGE, axis=1, tiled=True), dx)
             d_head = jax.tree.map(_add, totals["d_head"], d_head)
             return vary(({"sums": _add_some(totals["sums"], sums), "d_head": d_head}, d_out), manual_axes())
 
@@ -238,7 +244,7 @@ class _Stage:
         first = self.schedule.backward
         leaves = _at((first.active[:, 0] == 1) & (first.round[:, 0] == 0), t)
         dx = jnp.where(self.index == 0, dx, jnp.zeros_like(dx))
-        part = _local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), dx)
+        part = local(lambda x: lax.psum_scatter(x, STAGE, scatter_dimension=1, tiled=True), dx)
         microbatch = _at(first.microbatch[:, 0], t)
         part = jnp.where(leaves, part, _pick(carry["dx"], microbatch))
         carry["dx"] = lax.dynamic_update_index_in_dim(carry["dx"], part, microbatch, 0)
@@ -255,7 +261,7 @@ class _Stage:
     def _weights(self, round_: jax.Array, k: jax.Array) -> Any:
         return jax.tree.map(lambda w: _pick(_pick(w, round_), k), self.layers)
 
-    def _block(self, round_: jax.Array, k: jax.Array, active: jax.Array) -> Block:
+    def _block(self, round_: jax.Array, k: jax.Array, active: jax.Array) -> OwnBlock:
         """The block function, whose sums are this device's share of them.
 
         Idle stages and repeats that fill up the stack add nothing; the latter pass x through.
@@ -265,7 +271,7 @@ class _Stage:
         counts = jnp.where(real & (active > 0), 1.0 / self.num_shares, 0.0)
 
         def run(weights: Any, x: jax.Array, rows: Rows) -> tuple[jax.Array, Sums]:
-            out, sums = self.pipeline.block(weights, x, rows)
+            out, sums = self.pipeline.block(weights, x, rows, index)
             mine = {name: vary(x, manual_axes()) * counts for name, x in sums.items()}
             return jnp.where(real, out, x) if filled else out, mine
 
@@ -307,12 +313,3 @@ def _add_at(round_: jax.Array, k: jax.Array, total: jax.Array, x: jax.Array) -> 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     spec = P() if shape.sharding is None else P(*shape.sharding.spec)
     return jnp.zeros(shape.shape, shape.dtype, out_sharding=spec)
-
-
-def _float32_zeros(w: jax.Array) -> jax.Array:
-    return jnp.zeros(w.shape, jnp.float32, out_sharding=jax.typeof(w).sharding.spec)
-
-
-def _local(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    # see manual.py: collectives of a partly manual region abort on CPU or replicate on TPU
-    return island(collective, [x], jax.typeof(x).sharding.spec)

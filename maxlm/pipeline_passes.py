@@ -1,0 +1,132 @@
+"""Passes over a global batch on a mesh with stages: embedding, pipeline (parallel/pipeline.py), head."""
+
+import dataclasses
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.loss import Batch, Sums
+from maxlm.model.stack import run_repeat
+from maxlm.model.transformer import Transformer
+from maxlm.parallel.lead import Block
+from maxlm.parallel.pipeline import Pipeline
+from maxlm.parallel.schedule import Schedule, pipeline_schedule
+from maxlm.passes import Passes, in_precision
+from maxlm.sharding import compute_spec, constrain, enter_step, leave_step
+
+LEAD = "dense_layers"
+"""Name of the parameters of layers that come before those of the pattern."""
+
+
+class PipelinePasses(Passes):
+    """Microbatches one behind the other through stages that hold different layers. Methods as PlainPasses'."""
+
+    @in_precision
+    def grads(self, params: Any, batch: Batch) -> tuple[Any, Sums]:
+        """Gradients of the summed objective, laid out like the parameters, and the objective's sums."""
+        batch = self.arrange(batch, "MBS")
+        dims = self._dims["embed"]
+        outer = enter_step(self._weights(params)["embed"], dims, self.dtype, True)
+        x_MBUD, pull = jax.vjp(partial(self._embed, batch=batch), outer)
+        num_targets = jax.reshard(batch["mask"].sum((1, 2)), jax.P(None))
+        sums, grads, dx_MBUD = self._pipeline.value_and_grad(
+            self._piped(params), x_MBUD, {**batch, "num_targets": num_targets}
+        )
+        (d_outer,) = pull(dx_MBUD)
+        total = leave_step(jax.tree.map(lambda g: g.astype(jnp.float32), d_outer), dims)
+        for part in grads.values():  # a tied embedding is in two parts
+            for name, g in part.items():
+                total[name] = jax.tree.map(jnp.add, total[name], g) if name in total else g
+        return total, {name: sums[name] for name in self.objective.names}
+
+    @in_precision
+    def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum of cross entropy in nats, number of targets) of a batch [M, B, T]."""
+        batch = self.arrange(batch, "MBS")
+        sums = self._forward(self._pipeline, params, batch)
+        return sums["loss"], sums["targets"]
+
+    @in_precision
+    def next_logits(self, params: Any, rows: Batch, at: jax.Array) -> jax.Array:
+        """float32 logits [V] of the token after position `at`, the mean over rows [B, T]."""
+        place_BT = jax.lax.broadcasted_iota(jnp.int32, rows["tokens"].shape, 1, out_sharding=compute_spec("BS"))
+        batch = jax.tree.map(lambda x: x[None], {**rows, "chosen": (place_BT == at).astype(jnp.int32)})
+
+        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+            chosen_BT = rows["chosen"].astype(x_BTD.dtype)
+            x_B1D = (x_BTD * chosen_BT[..., None]).sum(1, keepdims=True)
+            here_B = rows["chosen"].sum(1) > 0  # of all shards of a row's tokens, one has it
+            logits_BV = self._model(weights).logits(x_B1D)[:, 0]
+            return jnp.zeros(()), {"logits": jnp.where(here_B[:, None], logits_BV, 0.0).sum(0)}
+
+        run = dataclasses.replace(self._pipeline, head=head, schedule=self._schedule("1f1b", 1))
+        sums = self._forward(run, params, self.arrange(batch, "MBS"))
+        return jax.reshard(sums["logits"], jax.P(None)) / rows["tokens"].shape[0]
+
+    def _forward(self, pipeline: Pipeline, params: Any, batch: Batch) -> Sums:
+        outer = enter_step(self._weights(params)["embed"], self._dims["embed"], self.dtype, True)
+        batch["num_targets"] = jnp.ones(batch["tokens"].shape[0])
+        return pipeline.value(self._piped(params), self._embed(outer, batch), batch)
+
+    def _embed(self, outer: Any, batch: Batch) -> jax.Array:
+        """Embedded tokens [M, B, U, D]: each stage embeds its part."""
+        names = [name for name in ("tokens", "positions", "noise") if name in batch]
+        parts = {name: constrain(batch[name], "MBU") for name in names}
+        return self._model(outer).embedded(parts["tokens"], parts["positions"], self.drop(parts), "MBU")
+
+    # ---- what the pipeline is made of
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        mesh, model, whole = self.config.mesh, self.config.model, self._model({})
+
+        def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+            return self.objective.of_tokens(self._model(weights).logits(x_BTD), rows)
+
+        return Pipeline(
+            self._schedule(mesh.pipeline, self.config.train.grad_accum),
+            model.num_repeats,
+            self._block(whole.layers, "layers", model.num_dense_layers),
+            head,
+            self._block(whole.dense_layers, LEAD, 0) if whole.dense_layers is not None else None,
+            {name: d for name, d in self._dims.items() if name != "embed"},
+            self.dtype,
+        )
+
+    def _block(self, layers: nnx.Dict, name: str, first: int) -> Block:
+        graph, length = nnx.split(layers)[0], len(layers)
+
+        def block(weights: Any, x_BTD: jax.Array, rows: Batch, number: jax.Array) -> tuple[jax.Array, Sums]:
+            where = rows["positions"], rows["segments"], first + length * number
+            x_BTD, aux = run_repeat(graph, weights[name], x_BTD, *where, self.ops(rows))
+            return x_BTD, self.objective.of_routers(aux, rows["num_targets"])
+
+        return block
+
+    def _schedule(self, kind: Literal["1f1b", "gpipe"], num_microbatches: int) -> Schedule:
+        return pipeline_schedule(kind, self.mesh.shape["stage"], self.config.mesh.rounds, num_microbatches)
+
+    def _piped(self, params: Any) -> Any:
+        return {name: part for name, part in self._weights(params).items() if name != "embed"}
+
+    @cached_property
+    def _dims(self) -> Any:
+        return self._weights(self.dims)
+
+    def _weights(self, tree: Any) -> Any:
+        """Parameters, or what belongs to them, by who uses them; a tied embedding is used twice."""
+        users = {
+            "embed": ["embed", "positions"],
+            "lead": [LEAD],
+            "layers": ["layers"],
+            "head": ["final_norm", "embed" if self.config.model.tie_embeddings else "unembed"],
+        }
+        parts = {user: {name: tree[name] for name in names if name in tree} for user, names in users.items()}
+        return {user: part for user, part in parts.items() if part}
+
+    def _model(self, weights: Any) -> Transformer:
+        """The model with some of its weights; the others are shapes, which no computation takes."""
+        return nnx.merge(self.graph, {**self.shapes, **weights})
