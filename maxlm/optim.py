@@ -13,6 +13,7 @@ of the dims it is averaged over; counts are replicated).
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -213,8 +214,8 @@ def _over_layers(muon: optax.GradientTransformation, dims: Tree) -> optax.Gradie
     Newton-Schulz multiplies a matrix with its transpose, five times three products. On sharded matrices each product
     is communication (and a type error under Explicit axes). So every mesh axis that splits a matrix is moved to the
     layer dim, by one all-to-all each, and back afterwards. On n devices each computes ceil(L / n) layers whole; a stack
-    that n does not divide is filled up with zeros, which stay zeros. A matrix outside a stack is left to the
-    partitioner (auto_axes), which gathers it.
+    that n does not divide is filled up with zeros, which stay zeros. The stages of a pipeline do so with their own
+    layers. A matrix outside a stack is left to the partitioner (auto_axes), which gathers it.
     """
 
     def update_fn(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
@@ -234,6 +235,7 @@ def _over_layers(muon: optax.GradientTransformation, dims: Tree) -> optax.Gradie
 
 
 def _deal(dims: str, x: jax.Array) -> jax.Array:
+    x = _join_rounds(dims, x)
     *_, last = path = _layer_path(dims, x)
     sizes = jax.sharding.get_abstract_mesh().shape
     at = dims.find("L")
@@ -244,8 +246,21 @@ def _deal(dims: str, x: jax.Array) -> jax.Array:
 
 
 def _collect(dims: str, x: jax.Array, home: jax.Array) -> jax.Array:
-    x, at = _hops(x, _layer_path(dims, home)[-2::-1]), dims.find("L")
-    return x if x.shape == home.shape else jax.lax.slice_in_dim(x, 0, home.shape[at], axis=at)
+    joined, at = jax.eval_shape(partial(_join_rounds, dims), home), dims.find("L")
+    x = _hops(x, _layer_path(dims, joined)[-2::-1])
+    x = x if x.shape == joined.shape else jax.lax.slice_in_dim(x, 0, joined.shape[at], axis=at)
+    if x.shape == home.shape:
+        return x
+    num_rounds, num_stages, *rest = home.shape
+    return x.reshape(num_stages, num_rounds, *rest).swapaxes(0, 1)
+
+
+def _join_rounds(dims: str, x: jax.Array) -> jax.Array:
+    """All layers that a stage of a pipeline holds side by side: [R, P, L, ...] -> [1, P, R * L, ...]."""
+    if not dims.startswith("RPL") or x.shape[0] == 1:
+        return x
+    num_rounds, num_stages, num_layers, *rest = x.shape
+    return x.swapaxes(0, 1).reshape(1, num_stages, num_rounds * num_layers, *rest)
 
 
 def _hops(x: jax.Array, specs: list[P]) -> jax.Array:

@@ -352,6 +352,29 @@ def test_muon_with_experts_on_other_meshes_equals_one_device(axes):
     assert difference(got, want) < 1e-5
 
 
+@pytest.mark.parametrize(("num_rounds", "num_layers"), [(1, 2), (3, 1)], ids=str)
+def test_muon_in_a_pipeline_equals_one_device(num_rounds, num_layers):
+    dims = {"layers": {"attn": {"wq": "RPLDNH"}, "mlp": {"up": "RPLDF", "down": "RPLFD", "norm": "RPLD"}}}
+    plain = jax.tree.map(lambda d: d[2:], dims)
+    sizes = {"D": 12, "F": 20, "N": 2, "H": 6}
+    shape = (num_rounds, 2, num_layers)
+    params = random_tree(0, plain, L=math.prod(shape), **sizes)
+    want, _ = run(make_optimizer(config("muon"), NUM_STEPS, plain), params, dims=plain, **sizes)
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(2, 2, 2), ("stage", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3
+    )
+
+    def place(tree, layout=None):
+        stacked = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
+        return place_on(mesh)(stacked, dims)
+
+    tx = make_optimizer(config("muon"), NUM_STEPS, dims)
+    with jax.set_mesh(mesh):
+        got, _ = run(tx, params, place=place, dims=plain, **sizes)
+        assert jax.tree.map(lambda x: x.sharding.spec, got) == jax.tree.map(param_spec, dims)
+    assert difference(jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[3:]), got), want) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_update_gathers_nothing(name):
     """The only communication is sums, of scalars and of adafactor's factors."""
@@ -367,11 +390,12 @@ def test_update_gathers_nothing(name):
     assert not ops
 
 
-def test_muon_adds_only_all_to_alls_to_the_step():
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"stage": 2, "rounds": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_muon_adds_only_all_to_alls_to_the_step(mesh):
     """In the whole step XLA once replicated every momentum, which the update alone did not show."""
     gathers = {}
     for name in ("adamw", "muon"):
-        program = program_on(small_config(optim={"name": name}), fsdp=2, tensor=2)
+        program = program_on(small_config(optim={"name": name}, model={"num_layers": 4}), **mesh)
         text = program.lower_step().compile(FAST).as_text() or ""
         gathers[name] = sum(
             len(re.findall(f" {op}(?:-start)?\\(", text)) for op in ("all-gather", "collective-permute")
