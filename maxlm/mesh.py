@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from maxlm import hosts
-from maxlm.config import AXES, Config, MeshConfig
+from maxlm.config import AXES, Config, MeshConfig, ModelConfig, TrainConfig
 from maxlm.config_file import ConfigError
 
 
@@ -117,7 +117,12 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     Raises:
         ConfigError: names the field, its value, and a value that fits.
     """
-    model, train = config.model, config.train
+    _check_model(config.model, sizes)
+    _check_batch(config.train, sizes)
+    _check_pipeline(config, sizes)
+
+
+def _check_model(model: ModelConfig, sizes: dict[str, int]) -> None:
     experts = model.num_experts or 0
     for field, value, axis in (
         ("model.num_heads", model.num_heads, "tensor"),
@@ -138,6 +143,9 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
             f"mesh.tensor={heads} can neither split nor repeat model.num_kv_heads={kv_heads} for "
             f"model.num_heads={model.num_heads}; use mesh.tensor={_fitting(kv_heads, heads)}"
         )
+
+
+def _check_batch(train: TrainConfig, sizes: dict[str, int]) -> None:
     rows = train.batch_size // train.grad_accum
     shards = math.prod(sizes[axis] for axis in ("slice", "data", "fsdp", "expert"))
     if rows % shards:
@@ -146,19 +154,22 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
             f"not divide over slices x data x fsdp x expert = {shards} devices; use train.batch_size="
             f"{max(1, round(rows / shards)) * shards * train.grad_accum}"
         )
-    shares = sizes["stage"] * config.mesh.rounds
-    if config.mesh.rounds > 1 and sizes["stage"] == 1:
-        raise ConfigError(f"mesh.rounds={config.mesh.rounds} needs a pipeline: set mesh.stage, or mesh.rounds=1")
-    if sizes["stage"] > 1 and shares > model.num_repeats:
-        raise ConfigError(
-            f"mesh.stage={sizes['stage']} x mesh.rounds={config.mesh.rounds} is {shares} shares of layers, but the "
-            f"model has {model.num_repeats} repeats of its layer pattern; make one smaller"
-        )
     parts = sizes["context"] * sizes["stage"] * (2 if sizes["context"] > 1 else 1)
     if train.seq_len % parts:
         raise ConfigError(
             f"train.seq_len={train.seq_len} does not divide into {parts} parts (context {sizes['context']}, in halves, "
             f"x stage {sizes['stage']}); use train.seq_len={max(1, round(train.seq_len / parts)) * parts}"
+        )
+
+
+def _check_pipeline(config: Config, sizes: dict[str, int]) -> None:
+    shares = sizes["stage"] * config.mesh.rounds
+    if config.mesh.rounds > 1 and sizes["stage"] == 1:
+        raise ConfigError(f"mesh.rounds={config.mesh.rounds} needs a pipeline: set mesh.stage, or mesh.rounds=1")
+    if sizes["stage"] > 1 and shares > config.model.num_repeats:
+        raise ConfigError(
+            f"mesh.stage={sizes['stage']} x mesh.rounds={config.mesh.rounds} is {shares} shares of layers, but the "
+            f"model has {config.model.num_repeats} repeats of its layer pattern; make one smaller"
         )
 
 
