@@ -116,11 +116,20 @@ def figures_tool():
     return module
 
 
+def plain_products(model, seq_len, rows):
+    """FLOPs of a step's products without a pipeline: a layer runs again in the backward pass, but for its last one."""
+    d, f = model["d_model"], model["d_ff"]
+    forward = 2 * (4 * d * d + 2 * d * f) + 4 * seq_len * d
+    return rows * seq_len * (model["num_layers"] * (4 * forward - 2 * d * f) + 6 * d * model["vocab_size"])
+
+
 def test_pipeline():
     """Memory that does not grow with microbatches, weights gathered once a step, activations alone in the loops."""
     tool = figures_tool()
     program, step = tool.compile_gradients({**tool.PIPELINE, "rounds": 4}, 16)
     assert step.memory_analysis().temp_size_in_bytes <= 1500 * 2**20
+    products = hlo.matmul_flops(step.as_text(), taken=tool.head_share(16, 4))
+    assert products <= 1.046 * plain_products(tool.MODEL, 1024, tool.MICROBATCH * 16) / 16, "no more than the bubble"
     found = hlo.collectives(step.as_text())
     residual = 2 * (tool.MICROBATCH // 2) * 1024 * 2048
     declared = {

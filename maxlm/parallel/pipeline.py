@@ -234,8 +234,11 @@ class _Stage:
             dw, dx = pull((dx, one))
             return (dx, jax.tree.map(partial(_add_at, work.round, k), grads, dw)), None
 
-        state = (d_out, carry["d_layers"])
-        (dx, carry["d_layers"]), _ = lax.scan(repeat, state, (jnp.arange(self.repeats), inputs), reverse=True)
+        # Of a loop with one trip XLA hoists the maxima of the softmax, with a copy of all that leads to them (q, k and
+        # their logits), before it unrolls it: both copies would run. unroll=0 makes no loop.
+        unroll = 0 if self.repeats == 1 else 1
+        state, repeats = (d_out, carry["d_layers"]), (jnp.arange(self.repeats), inputs)
+        (dx, carry["d_layers"]), _ = lax.scan(repeat, state, repeats, reverse=True, unroll=unroll)
         carry["returning"] = lax.ppermute(dx, STAGE, [(i, (i - 1) % self.count) for i in range(self.count)])
         self._leave_first(carry, dx, t)
 
