@@ -24,13 +24,14 @@ _ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation of a program.
+    """One array that a collective operation of a program moves. Where the compiler combines several, each counts.
 
     Attributes:
         kind: one of KINDS, or BETWEEN_SLICES. On TPU a reduce-scatter may be compiled as an all-reduce-scatter fusion;
             it counts as one.
-        dtype: element type of its largest array.
-        shape: shape of its largest array, which is whole for all-gather and reduce-scatter.
+        dtype: element type of the array.
+        shape: its shape, which is whole for all-gather and reduce-scatter. A ragged-all-to-all has room for the worst
+            case on one of its sides: it is known by the smaller one, which on average is what travels.
         bytes: bytes of that array, on one device.
         times: how often it runs, trip counts of loops multiplied.
         loops: trip counts of the loops around it, outermost first.
@@ -59,15 +60,17 @@ def collectives(text: str) -> list[Collective]:
     """All collectives that the program executes, in order of the text.
 
     A collective that the TPU compiler runs beside other work stands in several fusions, with the same channel, chain
-    and source: it is counted once.
+    and source: it is counted once. The work may be a whole loop, which it then enters and leaves again: it is counted
+    where it starts.
 
     Raises:
         ValueError: the text is no compiled HLO module.
     """
     computations, entry = _computations(text)
     found: dict[Any, Collective] = {}
-    for key, collective in _walk(computations, entry, (), ()):
-        found.setdefault(key, collective)
+    for path, key, collective in _walk(computations, entry, (), ()):
+        if not any((path[:depth], key) in found for depth in range(len(path) + 1)):
+            found[path, key] = collective
     return list(found.values())
 
 
@@ -160,8 +163,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _walk(
     computations: dict[str, list[str]], name: str, loops: tuple[int, ...], path: tuple[str, ...], fused: bool = False
-) -> Iterator[tuple[Any, Collective]]:
-    """Collectives below a computation, each with a key by which its copies are known; path names the loops' bodies."""
+) -> Iterator[tuple[tuple[str, ...], Any, Collective]]:
+    """Collectives below a computation, each with its path, the loops' bodies, and a key by which copies are known."""
     for line in computations.get(name, ()):
         match = _OPERATION.match(line)
         if match is None:
@@ -175,7 +178,10 @@ def _walk(
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
             array = re.sub(r"\{[^}]*\}", "", result)  # copies differ in their layouts
-            yield (path, kind, array, *marks) if fused else (name, own), _collective(kind, line, result, loops)
+            key = (kind, array, *marks) if fused else (name, own)
+            for i, (dtype, shape) in enumerate(_moved(kind, result, rest, computations[name])):
+                size = _size((dtype, shape))
+                yield path, (key, i), Collective(kind, dtype, shape, size, math.prod(loops), loops, _groups(line))
         if operation == "while":
             (body,) = _callees(operation, rest)
             yield from _walk(computations, body, (*loops, _trips(computations, rest)), (*path, body))
@@ -196,13 +202,25 @@ def _callees(operation: str, rest: str) -> list[str]:
     return callees
 
 
-def _collective(kind: str, line: str, result: str, loops: tuple[int, ...]) -> Collective:
-    # A reduce-scatter's whole array is its operand, which the TPU compiler's text names by type only in the operand
-    # list; so the largest array of the line is taken, for all kinds.
-    operands = line.split("), ")[0]
-    arrays = [(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(result + " " + operands)]
-    dtype, shape = max(arrays, key=lambda a: BYTES[a[0]] * math.prod(a[1]))
-    return Collective(kind, dtype, shape, BYTES[dtype] * math.prod(shape), math.prod(loops), loops, _groups(line))
+def _moved(kind: str, result: str, rest: str, lines: list[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of each array that a collective moves."""
+    operands = rest.split("), ")[0]
+    out, named = _arrays(result), re.findall(r"%([\w.\-]+)", operands)
+    if kind == "ragged-all-to-all":
+        data = next((match[2] for line in lines if (match := _OPERATION.match(line)) and match[1] == named[0]), result)
+        return [min(out[0], _arrays(data)[0], key=_size)]
+    # Each array has its result, after its operand where the operation only starts; the operand's type may also stand in
+    # the operand list. The whole array of a gather or scatter is the largest of these.
+    typed, count = _arrays(operands), max(len(named), 1) if kind in KINDS else 1
+    return [max([*out[i::count][:2], *typed[i : i + 1]], key=_size) for i in range(min(count, len(out)))]
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(text)]
+
+
+def _size(array: tuple[str, tuple[int, ...]]) -> int:
+    return BYTES[array[0]] * math.prod(array[1])
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
