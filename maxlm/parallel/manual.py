@@ -61,7 +61,7 @@ def passage(dims: str) -> Passage:
 
 
 def enter(w: jax.Array, way: Passage, dtype: Any) -> jax.Array:
-    """Casts a parameter and gathers it over fsdp; the stage dim, of size one here, is dropped."""
+    """Casts a parameter for use and gathers it over fsdp; the stage dim, of size one here, is dropped."""
     w = w.astype(weight_dtype(way.dims, dtype))
     for axis in reversed(way.fsdp):
         w = local(lambda x, axis=axis: lax.all_gather(x, axis, axis=way.dims.index("D"), tiled=True), w)
