@@ -35,11 +35,10 @@ SMALL = 1 << 20
 """Bytes below which a collective is bookkeeping: norms' gradients, sums, row statistics."""
 
 
-@functools.cache
-def compiled(topology: str, num_slices: int = 1, **mesh):
+def compile_gradients(topology: str, num_slices: int, model: dict, train: dict, mesh: dict):
     from jax.experimental import topologies
 
-    config = small_config(model=MODEL, train={"batch_size": B, "seq_len": T})
+    config = small_config(model=model, train=train)
     devices = topologies.get_topology_desc(topology, "tpu", num_slices=num_slices).devices
     sizes = MeshConfig(**mesh)
     program = build_program(config.model_copy(update={"mesh": sizes}), make_mesh(sizes, devices))
@@ -48,16 +47,25 @@ def compiled(topology: str, num_slices: int = 1, **mesh):
     return program, hlo.collectives(lowered.compile().as_text())
 
 
-def undeclared(program, found, declared: dict[tuple[str, str], int]) -> list[str]:
-    """Collectives in loops that the table does not name, or names with fewer bytes."""
+@functools.cache
+def compiled(topology: str, num_slices: int = 1, **mesh):
+    return compile_gradients(topology, num_slices, MODEL, {"batch_size": B, "seq_len": T}, mesh)
+
+
+def undeclared(program, found, declared: dict[tuple[str, str], int], small: int = SMALL) -> list[str]:
+    """Collectives in loops, of more than `small` bytes, that the table does not name, or names with fewer bytes."""
     wrong = []
     for c in found:
-        if not c.loops or c.bytes <= SMALL:
+        if not c.loops or c.bytes <= small:
             continue
-        axes = "+".join(sorted(n.rstrip("0123456789") for n in c.axes(program.mesh.shape)))
+        axes = axes_of(program, c)
         if c.bytes > declared.get((c.kind, axes), 0):
             wrong.append(f"{c.kind} over {axes}: {c.dtype}{list(c.shape)}, {c.bytes} bytes, {c.times} times")
     return wrong
+
+
+def axes_of(program, c: hlo.Collective) -> str:
+    return "+".join(sorted(n.rstrip("0123456789") for n in c.axes(program.mesh.shape)))
 
 
 def test_fsdp_and_tensor():
@@ -148,3 +156,90 @@ def test_pipeline():
     )
     gathered = sum(c.bytes * c.times for c in once)
     assert gathered <= 1.01 * 2 * (weights + 32768 * 2048 // 2), "each weight once, the embedding for both of its uses"
+
+
+# ---- experts, in a smaller model: grouped products take the compiler longer, the larger they are
+
+EL, ED, EF, EV, EN, EB, ET = 4, 1024, 512, 4096, 10, 32, 128
+E, A, M = 8, 3, 4
+EXPERTS = {
+    "vocab_size": EV,
+    "num_layers": EL,
+    "d_model": ED,
+    "d_ff": F,
+    "num_heads": EN,
+    "num_kv_heads": 2,
+    "head_dim": H,
+    "dtype": "bfloat16",
+    "num_experts": E,
+    "experts_per_token": A,
+    "expert_d_ff": EF,
+    "num_shared_experts": 1,
+    "aux_loss": 0.01,
+    "router_z_loss": 0.001,
+}
+VECTOR = 4 * ED
+"""Bytes of a norm's gradient: in this model all that is larger is declared."""
+
+
+def compile_experts(microbatches: int, **mesh):
+    train = {"batch_size": EB, "seq_len": ET, "grad_accum": microbatches}
+    return compile_gradients("v5e:4x4", 1, EXPERTS, train, mesh)
+
+
+def assert_experts_alone_meet_in_loops(program, found, rows: int, block_runs: int) -> None:
+    """Over the expert axis: tokens and their scales by ragged exchange, counts of visits, and else sums once a step.
+
+    Args:
+        rows: bytes of the tokens that one device sends to their experts in one layer.
+        block_runs: how often a device runs a layer forward and backward in a step, idle or not.
+    """
+    over_expert = [c for c in found if "expert" in c.axes(program.mesh.shape)]
+    exchanges = [c for c in over_expert if c.kind == "ragged-all-to-all"]
+    # forward: tokens there, results back; backward: tokens there again, gradients of results there, of tokens back
+    assert sum(c.times for c in exchanges if c.bytes == rows) == 5 * block_runs
+    scales = [c for c in exchanges if c.bytes != rows]
+    assert sum(c.times for c in scales) == 3 * block_runs, "scales there, twice, and their gradients back"
+    assert {(c.dtype, c.bytes) for c in scales} == {("f32", rows // (2 * ED) * 128 * 4)}, "each is padded to 128 lanes"
+    counts = 4 * E * program.mesh.shape["expert"]
+    assert max(c.bytes for c in over_expert if c.loops and c.kind != "ragged-all-to-all") <= counts
+    sums = [c for c in over_expert if not c.loops and "fsdp" not in axes_of(program, c)]
+    assert {c.kind for c in sums} == {"all-reduce"}
+    leaves = zip(jax.tree.leaves(program.dims), jax.tree.leaves(program.state_shapes["params"]), strict=True)
+    replicated = [math.prod(x.sharding.shard_shape(x.shape)) for dims, x in leaves if "E" not in dims]
+    assert sum(c.bytes for c in sums) == 4 * sum(replicated), "float32 gradients of what experts share, once"
+
+
+def test_experts():
+    program, found = compile_experts(1, fsdp=4, expert=4)
+    rows = 2 * (EB * ET // 16) * A * ED
+    matrix = 2 * ED * EN * H
+    declared = {
+        ("all-gather", "fsdp"): matrix,
+        ("reduce-scatter", "fsdp"): matrix,
+        ("ragged-all-to-all", "expert"): rows,
+    }
+    assert undeclared(program, found, declared, VECTOR) == []
+    assert_experts_alone_meet_in_loops(program, found, rows, EL)
+    of_experts = {(1, E // 4, ED, EF), (1, E // 4, EF, ED)}
+    gathered = [c for c in found if c.kind == "all-gather" and c.shape in of_experts]
+    assert sum(c.times for c in gathered) == 2 * 3 * EL, "each device gathers its own experts alone, twice a layer"
+
+
+def test_pipeline_with_experts():
+    program, found = compile_experts(M, stage=2, fsdp=2, expert=2, tensor=2)
+    tokens = EB // M * ET // 4
+    residual, rows = 2 * tokens * ED, 2 * tokens * A * ED
+    declared = {
+        ("collective-permute", "stage"): residual,
+        ("all-gather", "stage"): residual,
+        ("reduce-scatter", "stage"): residual // 2,
+        ("all-reduce", "tensor"): residual,
+        ("ragged-all-to-all", "expert"): rows,
+    }
+    assert undeclared(program, found, declared, VECTOR) == []
+    assert_experts_alone_meet_in_loops(program, found, rows, EL // 2 * (M + 1))
+    once = [c for c in found if c.kind == "all-gather" and axes_of(program, c) == "fsdp"]
+    assert [c for c in once if c.loops] == [], "weights are gathered once a step"
+    routers = [c for c in once if c.shape[-2:] == (ED, E)]
+    assert [c.dtype for c in routers] == ["f32"], "choices do not hang on rounding"
