@@ -130,10 +130,14 @@ class TrainConfig(Section):
     seq_len: Positive = Field(description="Tokens per sequence.")
     grad_accum: Positive = Field(1, description="Microbatches per step; each holds batch_size / grad_accum sequences.")
     gather: Literal["layer", "step"] = Field(
-        "layer", description="Gather sharded weights layer by layer (less memory) or once a step (less traffic)."
+        "layer",
+        description="Gather sharded weights layer by layer (less memory) or once a step (less traffic), as a pipeline "
+        "(mesh.stage) always does.",
     )
     remat: Literal["none", "full", "dots"] = Field(
-        "full", description="What the backward pass recomputes: nothing, whole layers, or all but matmul outputs."
+        "full",
+        description="What the backward pass recomputes: nothing, whole layers (as a pipeline always does), or all but "
+        "matmul outputs.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
     dropout: BelowOne = Field(

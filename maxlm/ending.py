@@ -1,7 +1,9 @@
 """What a run says at its start and at its end: facts, sample, baselines, report."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +124,17 @@ class Ending:
                 **more,
             }
         )
+
+    @contextlib.contextmanager
+    def told(self, first: int) -> Iterator[None]:
+        """Writes that the run is running, and, when an error leaves, that it failed."""
+        self.write(first, "running")
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                self.write(self.loop.step, "diverged" if isinstance(error, FloatingPointError) else "failed")
+            raise
 
     def stopped(self, step: int, stopped_by: str) -> None:
         """After a signal or a callback: the state is saved, say how to go on."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from maxlm.config import Config
 from maxlm.data.loader import Loader
-from maxlm.loss import Batch
-from maxlm.step import BATCH_DTYPES, Program
+from maxlm.loss import BATCH, Batch
+from maxlm.step import Program
 
 HostBatch = dict[str, np.ndarray]
 
@@ -68,7 +68,7 @@ class StepFunction:
             "mask": np.ones((B, T), np.float32),
         }
         where = f"the data function's batch of step {step}"
-        if not {"tokens", "targets"} <= set(rows) <= set(BATCH_DTYPES):
+        if not {"tokens", "targets"} <= set(rows) <= set(BATCH):
             raise ValueError(f"{where} has {sorted(rows)}; it needs tokens and targets, and may have {sorted(default)}")
         for key, value in rows.items():
             if np.shape(value) != self._shape:

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from maxlm.config import ModelConfig
 from maxlm.sharding import compute_spec
 
+BATCH = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "segments": jnp.int32,
+    "positions": jnp.int32,
+    "mask": jnp.float32,
+}
+"""Entries of a batch, and their types."""
+
 Batch = dict[str, jax.Array]
-"""tokens, targets, segments, positions: int32 [B, T]; mask: float32 [B, T], 1 where a target counts.
+"""The entries of BATCH [B, T]; mask is 1 where a target counts.
 
 In training with dropout also noise: uint32 [B, T], a random word for each token.
 """
@@ -19,7 +28,11 @@ Sums = dict[str, jax.Array]
 """float32 scalars."""
 
 TokenLoss = Callable[[jax.Array, Batch], jax.Array]
-"""(logits_BTV, batch) -> loss of every token [B, T], float32; the step takes the mean over batch["mask"]."""
+"""(logits_BTV, batch) -> loss of every token [B, T], float32; the step takes the mean over batch["mask"].
+
+It is called with any part of the batch, whose tokens may stand in another order than in their rows (mesh.context,
+mesh.stage): a token's loss is made of its own logits and its own entries, "positions" among them.
+"""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +89,8 @@ class Objective:
         """The objective of tokens, and its sums."""
         loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
         sums = {"loss": loss, "targets": rows["mask"].sum()}
-        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, rows) * rows["mask"]).sum()
+        batch = {name: x for name, x in rows.items() if name in BATCH}
+        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, batch) * rows["mask"]).sum()
         if "objective" in self.names:
             sums["objective"] = objective
         return objective, sums

@@ -34,7 +34,7 @@ MUON_RMS = 0.2
 
 
 def make_optimizer(
-    optim: OptimConfig, num_steps: int, dims: Tree, router_bias_rate: float = 0.0
+    optim: OptimConfig, num_steps: int, dims: Tree, router_bias_rate: float = 0.0, num_repeats: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer of a run.
 
@@ -59,6 +59,7 @@ def make_optimizer(
         num_steps: optimizer steps of the whole run, a count.
         dims: for every parameter its dimension letters, such as {"layers": {"mlp": {"w_up": "LDF"}}}.
         router_bias_rate: step of the routers' biases, in units of scores.
+        num_repeats: real layers of a pipeline's stacks (RPL); default: all, they are not filled up.
 
     Returns:
         An optax transformation; `update` applies it.
@@ -73,7 +74,7 @@ def make_optimizer(
     """
     frozen = _matching("freeze", optim.freeze, dims)
     live = jax.tree.map(lambda is_frozen, d: not is_frozen and not _is_router_bias(d), frozen, dims)
-    steps = [_direction(optim, dims, live)]
+    steps = [_direction(optim, dims, live, num_repeats)]
     # Links that do nothing stay in the chain: a resumed run may turn clipping or decay on and off.
     steps.insert(0, optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm))
     if not optim.weight_decay:
@@ -155,7 +156,7 @@ def _partition(
     return optax.partition(rules, jax.tree.map(label, frozen, dims))
 
 
-def _direction(optim: OptimConfig, dims: Tree, live: Tree) -> optax.GradientTransformation:
+def _direction(optim: OptimConfig, dims: Tree, live: Tree, num_repeats: int | None) -> optax.GradientTransformation:
     """The optimizer proper: gradients to the direction of ascent, before decay and learning rate."""
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps)
     if optim.name == "adamw":
@@ -163,7 +164,7 @@ def _direction(optim: OptimConfig, dims: Tree, live: Tree) -> optax.GradientTran
     if optim.name == "sgd":
         return optax.trace(optim.momentum)
     if optim.name == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return optax.chain(optax.scale_by_factored_rms(), _clip_rms(dims, num_repeats))
     if optim.name == "lion":
         return optax.scale_by_lion(optim.beta1, optim.beta2)
     numbers = jax.tree.map(_matrix_axes, dims)
@@ -173,6 +174,16 @@ def _direction(optim: OptimConfig, dims: Tree, live: Tree) -> optax.GradientTran
     orthogonal = _over_layers(scale_by_muon(beta=optim.momentum, weight_dimension_numbers=masked), dims)
     muon = optax.chain(orthogonal, _to_rms(masked))
     return optax.chain(optax.masked(muon, is_matrix), optax.masked(adam, others))
+
+
+def _clip_rms(dims: Tree, num_repeats: int | None) -> optax.GradientTransformation:
+    """optax.clip_by_block_rms(1.0) of what is real: the zeros that fill up a pipeline's stack do not count."""
+
+    def clip(dims: str, u: jax.Array) -> jax.Array:
+        filled = math.prod(u.shape[:3]) / num_repeats if num_repeats and dims.startswith("RPL") else 1.0
+        return u / jnp.maximum(1.0, jnp.sqrt(jnp.square(u).mean() * filled))
+
+    return optax.stateless(lambda updates, _: _masked_map(clip, dims, updates))
 
 
 def _is_router_bias(dims: str) -> bool:
@@ -252,7 +263,7 @@ def _collect(dims: str, x: jax.Array, home: jax.Array) -> jax.Array:
     if x.shape == home.shape:
         return x
     num_rounds, num_stages, *rest = home.shape
-    return x.reshape(num_stages, num_rounds, *rest).swapaxes(0, 1)
+    return x[0].reshape(num_stages, num_rounds, *rest).swapaxes(0, 1)
 
 
 def _join_rounds(dims: str, x: jax.Array) -> jax.Array:
@@ -260,7 +271,7 @@ def _join_rounds(dims: str, x: jax.Array) -> jax.Array:
     if not dims.startswith("RPL") or x.shape[0] == 1:
         return x
     num_rounds, num_stages, num_layers, *rest = x.shape
-    return x.swapaxes(0, 1).reshape(1, num_stages, num_rounds * num_layers, *rest)
+    return x.swapaxes(0, 1).reshape(num_stages, num_rounds * num_layers, *rest)[None]
 
 
 def _hops(x: jax.Array, specs: list[P]) -> jax.Array:

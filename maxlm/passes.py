@@ -134,8 +134,8 @@ class PlainPasses(Passes):
     def next_logits(self, params: Any, rows: Batch, at: jax.Array) -> jax.Array:
         """float32 logits [V] of the token after position `at`, the mean over rows [B, T]."""
         place = at if self.order is None else jnp.asarray(np.argsort(self.order))[at]
-        logits_BV = self._logits(params, self.arrange(rows, "BS"), place)[0][:, 0]
-        return jax.reshard(logits_BV, jax.P(None, None)).mean(0)
+        logits_BTV, _ = self._logits(params, self.arrange(rows, "BS"), place)
+        return jax.reshard(logits_BTV, jax.P(None, None, None))[:, 0].mean(0)
 
     @in_precision
     def logits(self, params: Any, rows: Batch) -> jax.Array:

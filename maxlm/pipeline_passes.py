@@ -22,7 +22,7 @@ LEAD = "dense_layers"
 
 
 class PipelinePasses(Passes):
-    """Microbatches one behind the other through stages that hold different layers. Methods as PlainPasses'."""
+    """Microbatches one behind the other through stages that hold different layers."""
 
     @in_precision
     def grads(self, params: Any, batch: Batch) -> tuple[Any, Sums]:
@@ -45,8 +45,7 @@ class PipelinePasses(Passes):
     @in_precision
     def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(sum of cross entropy in nats, number of targets) of a batch [M, B, T]."""
-        batch = self.arrange(batch, "MBS")
-        sums = self._forward(self._pipeline, params, batch)
+        sums = self._forward(params, batch)
         return sums["loss"], sums["targets"]
 
     @in_precision
@@ -62,14 +61,17 @@ class PipelinePasses(Passes):
             logits_BV = self._model(weights).logits(x_B1D)[:, 0]
             return jnp.zeros(()), {"logits": jnp.where(here_B[:, None], logits_BV, 0.0).sum(0)}
 
-        run = dataclasses.replace(self._pipeline, head=head, schedule=self._schedule("1f1b", 1))
-        sums = self._forward(run, params, self.arrange(batch, "MBS"))
+        sums = self._forward(params, batch, head=head)
         return jax.reshard(sums["logits"], jax.P(None)) / rows["tokens"].shape[0]
 
-    def _forward(self, pipeline: Pipeline, params: Any, batch: Batch) -> Sums:
+    def _forward(self, params: Any, batch: Batch, **changes: Any) -> Sums:
+        """Sums of the head over a batch of any number of microbatches. Args: changes: fields of the pipeline."""
+        batch = self.arrange(batch, "MBS")
+        num_microbatches = batch["tokens"].shape[0]
         outer = enter_step(self._weights(params)["embed"], self._dims["embed"], self.dtype, True)
-        batch["num_targets"] = jnp.ones(batch["tokens"].shape[0])
-        return pipeline.value(self._piped(params), self._embed(outer, batch), batch)
+        rows = {**batch, "num_targets": jnp.ones(num_microbatches)}
+        run = dataclasses.replace(self._pipeline, schedule=self._schedule("1f1b", num_microbatches), **changes)
+        return run.value(self._piped(params), self._embed(outer, batch), rows)
 
     def _embed(self, outer: Any, batch: Batch) -> jax.Array:
         """Embedded tokens [M, B, U, D]: each stage embeds its part."""

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm import optim
 from maxlm.config import Config
-from maxlm.loss import Batch, Objective, Sums, TokenLoss, next_token_loss
+from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss, next_token_loss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import LEADING_DIMS
 from maxlm.model.transformer import Transformer
@@ -30,13 +30,6 @@ from maxlm.sharding import compute_spec
 State = dict[str, Any]
 COUNTS = ("targets", "dropped_tokens")
 """Metrics that are sums over the global batch; others are means over its targets."""
-BATCH_DTYPES = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "segments": jnp.int32,
-    "positions": jnp.int32,
-    "mask": jnp.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Program:
         """A global batch: [M, B, T], M microbatches of B sequences."""
         train = self.config.train
         shape = (train.grad_accum, train.batch_size // train.grad_accum, train.seq_len)
-        return {k: jax.ShapeDtypeStruct(shape, d, sharding=self.batch_sharding) for k, d in BATCH_DTYPES.items()}
+        return {k: jax.ShapeDtypeStruct(shape, d, sharding=self.batch_sharding) for k, d in BATCH.items()}
 
     @cached_property
     def batch_sharding(self) -> NamedSharding:
@@ -194,7 +187,10 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     graph, state = nnx.split(model)
     own, shapes = nnx.to_pure_dict(dims_of(state)), nnx.to_pure_dict(state)
     dims = jax.tree.map(lambda d, s: LEADING_DIMS[len(s.shape) - len(d)] + d, own, shapes)
-    optimizer = optim.make_optimizer(config.optim, config.train.num_steps, dims, config.model.router_bias_rate)
+    model = config.model
+    optimizer = optim.make_optimizer(
+        config.optim, config.train.num_steps, dims, model.router_bias_rate, model.num_repeats
+    )
     z_loss = config.train.z_loss
     objective = Objective(config.model, token_loss or (next_token_loss(z_loss) if z_loss else None))
     passes = (PlainPasses if stages == 1 else PipelinePasses)(config, mesh, graph, shapes, dims, objective)

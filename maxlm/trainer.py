@@ -62,7 +62,8 @@ def train(
 
     Args:
         config: the run. Running it again continues from the newest checkpoint, bit for bit.
-        token_loss: (float32 logits [B, T, V], batch) -> loss of every token [B, T]; default: cross entropy.
+        token_loss: (float32 logits [B, T, V], batch) -> loss of every token [B, T]; default: cross entropy. See
+            loss.TokenLoss for what it may look at.
         data: step -> global batch {"tokens", "targets": int32 [B, T], ...}, instead of config.data.
         callbacks: called after every step.
 
@@ -113,19 +114,14 @@ def train(
         loop = Loop(program, feed, checkpoints, metrics, progress, callbacks, facts, folder.file("profile"))
         finish = ending.Ending(loop, folder, source, facts, started)
         ending.show(loop, facts, folder, source, first)
-        finish.write(first, "running")
-        try:
+        with finish.told(first):
             state, step, stopped_by = loop.run(state, first)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # the disk may be what failed
-                finish.write(loop.step, "diverged" if isinstance(error, FloatingPointError) else "failed")
-            raise
 
-        # ---- evaluation, sample, report
-        if stopped_by:
-            finish.stopped(step, stopped_by)
-            return Result(folder.path, step, "stopped", primary=folder.primary)
-        return Result(folder.path, step, "complete", finish.complete(state, step), folder.primary)
+            # ---- evaluation, sample, report
+            if stopped_by:
+                finish.stopped(step, stopped_by)
+                return Result(folder.path, step, "stopped", primary=folder.primary)
+            return Result(folder.path, step, "complete", finish.complete(state, step), folder.primary)
 
 
 def _progress(config: Config, folder: RunFolder, facts: dict[str, Any], first: int) -> Progress:

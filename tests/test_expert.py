@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm import hlo
 from maxlm.config import MeshConfig
+from maxlm.kernels import grouped_outer as grouped_outer_file
 from maxlm.kernels.attention import attention
 from maxlm.kernels.grouped_mlp import ExpertWeights, grouped_mlp, grouped_mlp_grads
 from maxlm.kernels.grouped_outer import grouped_outer
@@ -160,6 +161,15 @@ def test_grouped_outer_is_the_product_of_each_group():
         cuts = np.cumsum([0, *sizes])
         want = np.stack([a[i:j].T @ b[i:j] for i, j in itertools.pairwise(cuts)])
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_grouped_outer_over_several_tiles_of_which_the_last_stand_out(monkeypatch):
+    monkeypatch.setattr(grouped_outer_file, "_tile", lambda size, limit: min(size, 128))
+    rng, sizes = np.random.default_rng(0), [30, 0, 60]
+    a, b = (rng.standard_normal((100, n)).astype(np.float32) for n in (200, 328))
+    got = grouped_outer(jnp.asarray(a), jnp.asarray(b), jnp.asarray(sizes, jnp.int32), interpret=True)
+    want = np.stack([a[i:j].T @ b[i:j] for i, j in itertools.pairwise(np.cumsum([0, *sizes]))])
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_a_pipeline_stage_gives_outputs_reports_and_gradients_of_one_device():

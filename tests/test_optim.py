@@ -352,7 +352,7 @@ def test_muon_with_experts_on_other_meshes_equals_one_device(axes):
     assert difference(got, want) < 1e-5
 
 
-@pytest.mark.parametrize(("num_rounds", "num_layers"), [(1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize(("num_rounds", "num_layers"), [(1, 2), (3, 1), (2, 2)], ids=str)
 def test_muon_in_a_pipeline_equals_one_device(num_rounds, num_layers):
     dims = {"layers": {"attn": {"wq": "RPLDNH"}, "mlp": {"up": "RPLDF", "down": "RPLFD", "norm": "RPLD"}}}
     plain = jax.tree.map(lambda d: d[2:], dims)
@@ -373,6 +373,21 @@ def test_muon_in_a_pipeline_equals_one_device(num_rounds, num_layers):
         got, _ = run(tx, params, place=place, dims=plain, **sizes)
         assert jax.tree.map(lambda x: x.sharding.spec, got) == jax.tree.map(param_spec, dims)
     assert difference(jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[3:]), got), want) < 1e-5
+
+
+def test_what_fills_up_a_stack_does_not_change_when_adafactor_clips():
+    rng = np.random.default_rng(0)
+    gradients = [scale * rng.standard_normal((3, 12)).astype(np.float32) for scale in (1.0, 10.0)]
+    updates = []
+    for dims, shape in (("LD", (3,)), ("RPLD", (1, 2, 2))):
+        fill = lambda g, s=shape: np.pad(g, [(0, math.prod(s) - 3), (0, 0)]).reshape(*s, 12)  # noqa: E731
+        tx = make_optimizer(config("adafactor", clip_norm=None), NUM_STEPS, {"norm": dims}, num_repeats=3)
+        params = {"norm": jnp.asarray(fill(np.ones((3, 12), np.float32)))}
+        state = tx.init(params)
+        for g in gradients:
+            params, state = update(tx, params, state, {"norm": jnp.asarray(fill(g))})
+        updates.append(np.asarray(params["norm"]).reshape(-1, 12)[:3])
+    np.testing.assert_allclose(updates[0], updates[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

@@ -121,17 +121,22 @@ def test_evaluation_and_the_next_token_are_the_same_in_a_pipeline():
     params, batch = perturbed_params(one), random_batch(config)
     rows = {k: v[0] for k, v in batch.items() if k in ("tokens", "positions", "segments")}
     results = []
-    for mesh in ({}, {"stage": 2, "context": 2, "fsdp": 2}):
+    for mesh in ({}, {"context": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "context": 2, "fsdp": 2}):
         program = program_on(config, **mesh)
         with jax.set_mesh(program.mesh):
             weights, placed = place(program, params, batch)
             loss, targets = program.evaluate(weights, placed)
+            smaller = {
+                k: jax.device_put(v.reshape(4, -1, *v.shape[2:]), program.batch_sharding) for k, v in batch.items()
+            }
+            assert program.evaluate(weights, smaller)[0] == pytest.approx(float(loss), rel=1e-5), "in 4 microbatches"
             here = {k: jax.device_put(v, compute_spec("BS")) for k, v in rows.items()}
             logits_V = jax.jit(program.next_logits)(weights, here, jnp.int32(19))
         results.append((float(loss), float(targets), np.asarray(logits_V)[: config.model.vocab_size]))
-    assert results[0][1] == results[1][1]
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
-    np.testing.assert_allclose(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
+    for loss, targets, logits_V in results[1:]:
+        assert targets == results[0][1]
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
+        np.testing.assert_allclose(logits_V, results[0][2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "context": 2, "fsdp": 2}], ids=str)

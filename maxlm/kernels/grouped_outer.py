@@ -42,7 +42,7 @@ def grouped_outer(a_CD: jax.Array, b_CF: jax.Array, sizes_E: jax.Array, interpre
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(D // d_tile, F // f_tile, num_visits),
+            grid=(-(-D // d_tile), -(-F // f_tile), num_visits),
             in_specs=[
                 pl.BlockSpec((rows, d_tile), lambda d, f, v, starts, sizes, expert, tile: (tile[v], d)),
                 pl.BlockSpec((rows, f_tile), lambda d, f, v, starts, sizes, expert, tile: (tile[v], f)),
@@ -103,5 +103,6 @@ def _kernel(starts, sizes, expert, tile, a, b, out, total):
 
 
 def _tile(size: int, limit: int) -> int:
-    """Largest part of a dimension that divides it and is a multiple of 128 up to the limit; all of it if none is."""
-    return next((t for t in range(limit // 128 * 128, 0, -128) if size % t == 0), size)
+    """Largest multiple of 128 up to the limit that divides a dimension; where none does, the last tile stands out."""
+    dividing = (t for t in range(limit // 128 * 128, 0, -128) if size % t == 0)
+    return next(dividing, min(size, limit // 128 * 128))

@@ -13,7 +13,7 @@ from maxlm.model.dropout import Drop, keep_all
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
 from maxlm.model.stack import Aux, gather_weights, make_layers
-from maxlm.sharding import compute_spec, constrain, einsum, gather
+from maxlm.sharding import axis_size, compute_spec, constrain, einsum, gather
 
 Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, Aux]]
 """(layers, x_BTD, positions_BT, segments_BT, number of the first) -> x_BTD and sums of what layers report."""
@@ -55,7 +55,8 @@ class Transformer(nnx.Module):
             segments_BT: int32 document numbers; a token attends within its own.
             stack: runs the layers.
             drop: dropout of the embedding.
-            at: int32 scalar; only the logits of this position are computed, and T is 1 in what is returned.
+            at: int32 scalar; only the logits of this position are computed. T is then the number of context shards,
+                all alike.
 
         Returns:
             float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
@@ -66,7 +67,9 @@ class Transformer(nnx.Module):
             x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT, 0)
         x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_dense_layers)
         if at is not None:
-            x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, at, 1, axis=1)
+            # each context shard computes the same one: a single token does not divide over them
+            x_B1D = jax.lax.dynamic_slice_in_dim(constrain(x_BTD, "BSD"), at, 1, axis=1)
+            x_BTD = constrain(jnp.repeat(x_B1D, axis_size("context"), axis=1), "BTD")
         return self.logits(x_BTD), aux
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, drop: Drop = keep_all, dims: str = "BT") -> jax.Array:

@@ -54,7 +54,9 @@ def test_slots_hold_until_the_backward(kind, P, R, M):
     held = {}
     for t in np.arange(len(schedule.head)):
         if schedule.head[t]:
-            assert held.setdefault(int(schedule.head_write[t]), schedule.forward.microbatch[t, -1]) is not None
+            slot = int(schedule.head_write[t])
+            assert slot not in held
+            held[slot] = schedule.forward.microbatch[t, -1]
         if schedule.backward.active[t, -1] and schedule.backward.round[t, -1] == R - 1:
             assert held.pop(int(schedule.head_read[t])) == schedule.backward.microbatch[t, -1]
     assert not held
