@@ -6,10 +6,10 @@ A device keeps C rows for tokens of its experts, sorted by expert. Tokens come t
   and scattered back. It runs on any backend; traffic grows with the number of devices.
 - exchange: each token travels to its experts alone and back (ragged_all_to_all; TPU and GPU).
 
-Both fill the rows in the same order, by expert, then by where the token comes from: the same numbers, up to rounding. Where
-C is smaller than the worst case, the experts with the most tokens get fewer rows than they want, and the last of their
-tokens none: these choices are dropped, add nothing to their tokens, and are counted. `receive` is the transpose of
-`send`, so that the backward pass, written out here, needs no others.
+Both fill the rows in the same order, by expert, then by where the token comes from: the same numbers, up to rounding.
+Where C is smaller than the worst case, the experts with the most tokens get fewer rows than they want, and the last of
+their tokens none: these choices are dropped, add nothing to their tokens, and are counted. `receive` is the transpose
+of `send`, so that the backward pass, written out here, needs no others.
 """
 
 import math
