@@ -110,6 +110,54 @@ def matmul_flops(text: str, taken: float = 1.0) -> float:
     return walk(entry, 1.0)
 
 
+@dataclass(frozen=True)
+class Operation:
+    """An operation of a TPU program, as the compiler prices it.
+
+    Attributes:
+        name: its name in the program.
+        source: where the model asks for it, in the words of its named scopes.
+        cycles: estimated cycles of one run; None of a Pallas kernel, which the compiler does not price.
+        times: how often it runs, trip counts of loops multiplied.
+    """
+
+    name: str
+    source: str
+    cycles: int | None
+    times: int
+
+
+def operations(text: str) -> list[Operation]:
+    """What a TPU program runs that the compiler has priced, and its Pallas kernels.
+
+    Both branches of a condition count as run. What runs beside other work (collectives) is counted as if it did not.
+
+    Raises:
+        ValueError: the text is no compiled HLO module.
+    """
+    computations, entry = _computations(text)
+    found = []
+
+    def walk(name: str, times: int) -> None:
+        for line in computations.get(name, ()):
+            match = _OPERATION.match(line)
+            if match is None:
+                continue
+            own, _, operation, rest = match.groups()
+            priced, kernel = re.search(r'"estimated_cycles":"(\d+)"', rest), "tpu_custom_call" in rest
+            if priced or kernel:
+                source = re.search(r'op_name="([^"]*)"', rest)
+                cycles = int(priced[1]) if priced else None
+                found.append(Operation(own, source[1] if source else "", cycles, times))
+            if operation != "fusion":
+                inside = times * _trips(computations, rest) if operation == "while" else times
+                for callee in _callees(operation, rest):
+                    walk(callee, inside)
+
+    walk(entry, 1)
+    return found
+
+
 def _result_shapes(lines: list[str]) -> dict[str, tuple[int, ...]]:
     found = {}
     for line in lines:
@@ -152,10 +200,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         if header := _HEADER.match(line):
             lines = found[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             lines = None
-        elif lines is not None:
+        elif lines is not None and line.startswith(" "):
             lines.append(line.strip())
+        elif lines:  # what a Pallas kernel says of itself may have several lines
+            lines[-1] += line
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
     return found, entry

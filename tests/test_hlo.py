@@ -116,3 +116,21 @@ def test_what_is_no_program_is_refused(text):
         hlo.collectives(text)
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.matmul_flops(text)
+
+
+def test_operations_are_priced_through_loops_and_kernels_are_not_priced():
+    price = 'backend_config={"window_config":{"estimated_cycles":"70"}}'
+    run, others = loop(
+        f'  %product = f32[4]{{0}} fusion(%a), calls=%f, metadata={{op_name="layer/mlp"}}, {price}', trips=5
+    )
+    kernel = [
+        '  %kernel = f32[4]{0} custom-call(%b), custom_call_target="tpu_custom_call", frontend_attributes={',
+        '"says": {"block": 512}',
+        '}}, metadata={op_name="layer/attention"}',
+    ]
+    text = program(run, *kernel, f"  %last = f32[4]{{0}} fusion(%c), calls=%g, {price}", others=others)
+    assert hlo.operations(text) == [
+        hlo.Operation("product", "layer/mlp", 70, 5),
+        hlo.Operation("kernel", "layer/attention", None, 1),
+        hlo.Operation("last", "", 70, 1),
+    ]
