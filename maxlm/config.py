@@ -134,14 +134,25 @@ class TrainConfig(Section):
         description="Gather sharded weights layer by layer (less memory) or once a step (less traffic), as a pipeline "
         "(mesh.stage) always does.",
     )
-    remat: Literal["none", "full", "dots"] = Field(
+    remat: Literal["none", "full", "attention", "dots", "minimal", "offload"] = Field(
         "full",
-        description="What the backward pass recomputes: nothing, whole layers (as a pipeline always does), or all but "
-        "matmul outputs.",
+        description="What the backward pass recomputes: nothing (none); whole layers (full, as pipelines always do); "
+        "all but attention; all but products with weights (dots); all but products (minimal). offload is full, with "
+        "the layers' inputs kept by the host.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
     dropout: BelowOne = Field(
         0.0, description="Share of features dropped after the embedding and after each sublayer, in training alone."
+    )
+    attention: Literal["auto", "plain", "splash"] = Field(
+        "auto",
+        description="What computes attention: plain XLA, or splash, which holds no logits (TPU). auto takes splash on "
+        "TPU where rows are a multiple of 128 tokens.",
+    )
+    logit_parts: Positive | None = Field(
+        None,
+        description="Parts of the vocabulary whose logits are in memory at a time; 1 keeps all logits, null takes as "
+        "many parts as keep a part below 512 MiB on a device. A token_loss of your own sees all logits.",
     )
     z_loss: NonNegative = Field(0.0, description="Weight of log(Z)**2, which keeps logits from drifting (PaLM, 5).")
     start_from: str | None = Field(
@@ -150,6 +161,9 @@ class TrainConfig(Section):
     )
     compilation_cache: str | None = Field(
         "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
+    )
+    compiler_options: dict[str, bool | int | float | str] = Field(
+        {}, description="XLA options of the step, such as {xla_tpu_scoped_vmem_limit_kib: 65536}, over maxlm's own."
     )
     profile_steps: tuple[Positive, Positive] | None = Field(
         None, description="[first, last] step of a profiler trace written to the run folder."

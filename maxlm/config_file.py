@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field, its value and a fix."""
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies overrides such as `model.num_layers=4`.
 
     Args:
@@ -41,17 +42,21 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold keys such as 'model:' and 'train:', found {_kind(tree)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree)
+    return parse_config(tree, overrides)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
+def parse_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Validates a nested dict of settings (as a YAML file holds them) into a Config.
+
+    Args:
+        tree: the settings; overrides are written into it.
+        overrides: as load_config.
 
     Raises:
         ConfigError: as load_config.
     """
+    for override in overrides:
+        _apply(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +53,14 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
     return log_z_BT - hit_BT, log_z_BT
 
 
-def next_token_loss(z_loss: float) -> TokenLoss:
-    """Cross entropy plus z_loss * log(Z)**2 (PaLM, arXiv:2204.02311, section 5)."""
+class Head(Protocol):
+    """The end of a model, for some tokens."""
 
-    def loss(logits_BTV: jax.Array, batch: Batch) -> jax.Array:
-        loss_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
-        return loss_BT + z_loss * log_z_BT**2
+    def logits(self) -> jax.Array:
+        """float32 [B, T, V]."""
 
-    return loss
+    def cross_entropy(self, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As loss.cross_entropy of those logits, which need not be in memory for it."""
 
 
 ROUTER_METRICS = ("balance_loss", "router_z_loss", "load_imbalance")
@@ -72,28 +73,32 @@ class Objective:
 
     Attributes:
         model: says what routers weigh.
-        token_loss: loss of every token; None is plain cross entropy.
+        z_loss: weight of log(Z)**2 (PaLM, arXiv:2204.02311, section 5).
+        token_loss: loss of every token; None is cross entropy with z_loss.
     """
 
     model: ModelConfig
+    z_loss: float
     token_loss: TokenLoss | None
 
     @property
     def names(self) -> list[str]:
         """The sums; "objective" is one where it is not "loss", the cross entropy."""
-        other = self.token_loss is not None or bool(self.model.aux_loss or self.model.router_z_loss)
+        other = self.token_loss is not None or bool(self.z_loss or self.model.aux_loss or self.model.router_z_loss)
         of_routers = (*ROUTER_METRICS, "dropped_tokens") if self.model.num_experts else ()
         return ["loss", "targets", *of_routers] + ["objective"] * other
 
-    def of_tokens(self, logits_BTV: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
+    def of_tokens(self, head: Head, rows: Batch) -> tuple[jax.Array, Sums]:
         """The objective of tokens, and its sums."""
-        loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
-        sums = {"loss": loss, "targets": rows["mask"].sum()}
-        batch = {name: x for name, x in rows.items() if name in BATCH}
-        objective = loss if self.token_loss is None else (self.token_loss(logits_BTV, batch) * rows["mask"]).sum()
-        if "objective" in self.names:
-            sums["objective"] = objective
-        return objective, sums
+        mask = rows["mask"]
+        if self.token_loss is None:
+            loss_BT, log_z_BT = head.cross_entropy(rows["targets"])
+            objective_BT = loss_BT + self.z_loss * log_z_BT**2 if self.z_loss else loss_BT
+        else:
+            logits_BTV, batch = head.logits(), {name: x for name, x in rows.items() if name in BATCH}
+            loss_BT, objective_BT = cross_entropy(logits_BTV, rows["targets"])[0], self.token_loss(logits_BTV, batch)
+        sums = {"loss": (loss_BT * mask).sum(), "targets": mask.sum(), "objective": (objective_BT * mask).sum()}
+        return sums["objective"], {name: x for name, x in sums.items() if name in self.names}
 
     def of_routers(self, aux: Sums, num_targets: jax.Array) -> Sums:
         """What routers report about a microbatch, counted as if each of its targets had it.

@@ -3,6 +3,7 @@
 Both are made of the same model, kernels and objective, and give the same numbers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
@@ -15,14 +16,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maxlm.config import Config
-from maxlm.kernels.attention import attention
 from maxlm.loss import Batch, Objective, Sums, cross_entropy
 from maxlm.model.dropout import Drop, dropout, keep_all
 from maxlm.model.stack import Aux, Ops, run_layers
 from maxlm.model.transformer import Transformer
-from maxlm.parallel.context import context_attention, zigzag_order
+from maxlm.parallel.attention import sharded_attention, zigzag_order
 from maxlm.parallel.expert import dispatch_experts
-from maxlm.sharding import compute_spec, enter_step, leave_step, zeros_like_gradient
+from maxlm.parallel.head import Options as HeadOptions
+from maxlm.parallel.head import head_cross_entropy
+from maxlm.sharding import compute_spec, constrain, enter_step, leave_step, num_shards, zeros_like_gradient
+
+PART_LOGITS = 2**27
+"""Logits that a device holds at a time, at most, as a count (512 MiB), unless configured."""
 
 Result = TypeVar("Result")
 
@@ -82,11 +87,50 @@ class Passes:
 
     def ops(self, rows: Batch) -> Ops:
         """What layers are given, for these tokens."""
-        mesh, kind = self.config.mesh, self.config.mesh.expert_dispatch
-        if kind == "auto":
-            kind = "exchange" if self.mesh.devices.flat[0].platform == "tpu" else "gather"
-        kernel = attention if self.order is None else partial(context_attention, mesh.context_attention)
-        return Ops(kernel, partial(dispatch_experts, kind, mesh.capacity_factor), self.drop(rows))
+        mesh, on_tpu = self.config.mesh, self.mesh.devices.flat[0].platform == "tpu"
+        local = self.config.train.attention
+        if local == "auto":
+            local = "splash" if on_tpu else "plain"
+        kernel = partial(sharded_attention, mesh.context_attention, local, interpret=not on_tpu)
+        dispatch = mesh.expert_dispatch
+        if dispatch == "auto":
+            dispatch = "exchange" if on_tpu else "gather"
+        return Ops(kernel, partial(dispatch_experts, dispatch, mesh.capacity_factor), self.drop(rows))
+
+    def head(self, model: Transformer, x_BTD: jax.Array) -> "ModelHead":
+        """The end of the model, for these tokens."""
+        parts = self.config.train.logit_parts
+        if parts is None:
+            logits = math.prod(x_BTD.shape[:-1]) * self.config.model.padded_vocab // num_shards("BTV")
+            parts = max(1, -(-logits // PART_LOGITS))
+        return ModelHead(model, x_BTD, parts)
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """A loss.Head.
+
+    Attributes:
+        model: with its weights.
+        x_BTD: what leaves the layers.
+        num_parts: parts of the vocabulary whose logits are in memory at a time; 1 keeps all of them.
+    """
+
+    model: Transformer
+    x_BTD: jax.Array
+    num_parts: int
+
+    def logits(self) -> jax.Array:
+        """float32 [B, T, V]."""
+        return self.model.logits(self.x_BTD)
+
+    def cross_entropy(self, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Loss and log(Z), float32 [B, T]."""
+        if self.num_parts == 1:
+            return cross_entropy(self.logits(), targets_BT)
+        config, (weight, dims) = self.model.config, self.model.projection
+        options = HeadOptions(dims, config.vocab_size, config.logit_softcap, self.num_parts, self.x_BTD.dtype)
+        return head_cross_entropy(options, self.model.normed(self.x_BTD), weight, targets_BT)
 
 
 class PlainPasses(Passes):
@@ -124,8 +168,8 @@ class PlainPasses(Passes):
         """(sum of cross entropy in nats, number of targets) of a batch [M, B, T]."""
 
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            logits_BTV, _ = self._logits(params, rows)
-            loss = (cross_entropy(logits_BTV, rows["targets"])[0] * rows["mask"]).sum()
+            head, _ = self._run(params, rows)
+            loss = (head.cross_entropy(rows["targets"])[0] * rows["mask"]).sum()
             return (carry[0] + loss, carry[1] + rows["mask"].sum()), None
 
         return jax.lax.scan(microbatch, (jnp.zeros(()), jnp.zeros(())), self.arrange(batch, "MBS"))[0]
@@ -134,27 +178,32 @@ class PlainPasses(Passes):
     def next_logits(self, params: Any, rows: Batch, at: jax.Array) -> jax.Array:
         """float32 logits [V] of the token after position `at`, the mean over rows [B, T]."""
         place = at if self.order is None else jnp.asarray(np.argsort(self.order))[at]
-        logits_BTV, _ = self._logits(params, self.arrange(rows, "BS"), place)
-        return jax.reshard(logits_BTV, jax.P(None, None, None))[:, 0].mean(0)
+        head, _ = self._run(params, self.arrange(rows, "BS"))
+        x_B1D = jax.lax.dynamic_slice_in_dim(constrain(head.x_BTD, "BSD"), place, 1, axis=1)
+        # each context shard computes the same one: a single token does not divide over them
+        x_BTD = constrain(jnp.repeat(x_B1D, self.mesh.shape.get("context", 1), axis=1), "BTD")
+        return jax.reshard(head.model.logits(x_BTD), jax.P(None, None, None))[:, 0].mean(0)
 
     @in_precision
     def logits(self, params: Any, rows: Batch) -> jax.Array:
         """float32 logits [B, T, V] of rows [B, T]."""
-        logits_BTV, _ = self._logits(params, self.arrange(rows, "BS"))
+        logits_BTV = self._run(params, self.arrange(rows, "BS"))[0].logits()
         if self.order is None:
             return logits_BTV
         return jax.reshard(logits_BTV, compute_spec("BSV"))[:, jnp.asarray(np.argsort(self.order))]
 
     def _objective(self, params: Any, rows: Batch) -> tuple[jax.Array, Sums]:
-        logits_BTV, aux = self._logits(params, rows)
-        objective, sums = self.objective.of_tokens(logits_BTV, rows)
+        head, aux = self._run(params, rows)
+        objective, sums = self.objective.of_tokens(head, rows)
         if of_routers := self.objective.of_routers(aux, sums["targets"]):
             objective += of_routers["objective"]
             sums |= {**of_routers, "objective": objective}
         return objective, {name: sums[name] for name in self.objective.names}
 
-    def _logits(self, params: Any, rows: Batch, at: jax.Array | None = None) -> tuple[jax.Array, Aux]:
+    def _run(self, params: Any, rows: Batch) -> tuple[ModelHead, Aux]:
+        """Through all layers, up to the head."""
         ops = self.ops(rows)
         stack = partial(run_layers, ops=ops, remat=self.config.train.remat)
         model: Transformer = nnx.merge(self.graph, params)
-        return model(rows["tokens"], rows["positions"], rows["segments"], stack, ops.drop, at)
+        x_BTD, aux = model(rows["tokens"], rows["positions"], rows["segments"], stack, ops.drop)
+        return self.head(model, x_BTD), aux

@@ -86,7 +86,7 @@ class PipelinePasses(Passes):
         mesh, model, whole = self.config.mesh, self.config.model, self._model({})
 
         def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
-            return self.objective.of_tokens(self._model(weights).logits(x_BTD), rows)
+            return self.objective.of_tokens(self.head(self._model(weights), x_BTD), rows)
 
         return Pipeline(
             self._schedule(mesh.pipeline, self.config.train.grad_accum),

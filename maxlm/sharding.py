@@ -85,6 +85,11 @@ def axis_size(*logical: str) -> int:
     return math.prod(mesh.shape[n] for axis in logical for n in mesh_axes(axis))
 
 
+def num_shards(dims: str) -> int:
+    """Number of devices over which an activation with these dimensions is split."""
+    return math.prod(axis_size(axis) for letter in dims for axis in _logical(COMPUTE[letter]))
+
+
 def replica_axes(dims: str) -> tuple[str, ...]:
     """Mesh axes over which a parameter is replicated, fastest network first."""
     own = {axis for letter in dims for axis in _logical(PARAM[letter])}

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm import optim
+from maxlm.compiler_options import Options, compiler_options
 from maxlm.config import Config
-from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss, next_token_loss
+from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import LEADING_DIMS
 from maxlm.model.transformer import Transformer
@@ -112,22 +113,31 @@ class Program:
     def step(self) -> Any:
         """(state, batch) -> (state, metrics); the state is donated."""
         scalar = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(self.state_shardings, scalar))
+        return jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, scalar),
+            compiler_options=self._options,
+        )
 
     @cached_property
     def evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
         """(params, batch [M, B, T]) -> (sum of cross entropy in nats, number of targets)."""
-        return jax.jit(self.passes.evaluate)
+        return jax.jit(self.passes.evaluate, compiler_options=self._options)
 
     @cached_property
     def grads(self) -> Any:
         """(params, batch, step=0) -> (mean gradients laid out like the parameters, metrics)."""
-        return jax.jit(self._grads)
+        return jax.jit(self._grads, compiler_options=self._options)
 
     def lower_step(self) -> Any:
         """The step lowered for this mesh without any array: `.compile()` it for its memory and its program text."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.state_shapes, self.batch_shapes)
+
+    @cached_property
+    def _options(self) -> Options | None:
+        return compiler_options(self.mesh.devices.flat[0], self.config.train.compiler_options)
 
     # ---- pure functions
 
@@ -191,7 +201,6 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     optimizer = optim.make_optimizer(
         config.optim, config.train.num_steps, dims, model.router_bias_rate, model.num_repeats
     )
-    z_loss = config.train.z_loss
-    objective = Objective(config.model, token_loss or (next_token_loss(z_loss) if z_loss else None))
+    objective = Objective(model, config.train.z_loss, token_loss)
     passes = (PlainPasses if stages == 1 else PipelinePasses)(config, mesh, graph, shapes, dims, objective)
     return Program(config, mesh, passes, dims, optimizer, shape)

@@ -50,6 +50,10 @@ def make_config(model=None, **train):
     )
 
 
+def with_train(config, **fields):
+    return config.model_copy(update={"train": config.train.model_copy(update=fields)})
+
+
 def compare(mesh, model=None, **train):
     config = make_config(model, **train)
     one = program_on(config)
@@ -161,6 +165,27 @@ def test_the_losses_of_twenty_steps_agree(mesh):
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "context": 2, "fsdp": 2}], ids=str)
 def test_dropout(mesh):
     compare(mesh, {**WINDOW, "norm_position": "both"}, grad_accum=2, dropout=0.25)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_in_parts(mesh, tied):
+    config = make_config(
+        {"vocab_size": 750, "tie_embeddings": tied, "logit_softcap": 8.0, "num_layers": 2}, grad_accum=2
+    )
+    params, batch = perturbed_params(program_on(config)), random_batch(config)
+    want = loss_and_grads(program_on(config), params, batch)
+    assert_same_loss_and_grads(
+        loss_and_grads(program_on(with_train(config, logit_parts=3), **mesh), params, batch), want
+    )
+
+
+def test_splash_in_a_pipeline():
+    config = make_config({"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}, batch_size=4, seq_len=128, grad_accum=2)
+    params, batch = perturbed_params(program_on(config)), random_batch(config)
+    want = loss_and_grads(program_on(config), params, batch)
+    fused = program_on(with_train(config, attention="splash"), stage=2, fsdp=2, tensor=2)
+    assert_same_loss_and_grads(loss_and_grads(fused, params, batch), want)
 
 
 @pytest.mark.parametrize("mesh", [{"stage": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "data": 2}], ids=str)

@@ -1,6 +1,9 @@
 """The same loss and gradients on any mesh, in any number of microbatches, for every kind of model."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_loss_and_grads, loss_and_grads, perturbed_params, program_on, random_batch, small_config
@@ -93,10 +96,32 @@ def test_more_than_ten_kinds_of_layers_run_in_their_order():
     assert abs(got - want) < 1e-6 * want, "a window as long as the row is none: order alone decides"
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "minimal", "offload"])
 def test_remat_changes_no_number(remat):
     config = small_config()
     one = program_on(config)
     params, batch = perturbed_params(one), random_batch(config)
     other = program_on(small_config(train={"remat": remat}), fsdp=2, tensor=2)
     assert_same_loss_and_grads(loss_and_grads(other, params, batch), loss_and_grads(one, params, batch))
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept"),  # features per token: width D, queries Q, keys and values K, feed-forward F; and heads N
+    [("full", "D"), ("attention", "DQ"), ("dots", "DDQKKFF"), ("minimal", "DDQQKKFF")],
+)
+def test_a_remat_policy_keeps_what_it_says(remat, kept):
+    """In float32, as the table in model/stack.py says for two bytes."""
+    model = {"num_layers": 1, "num_heads": 6, "num_kv_heads": 2, "head_dim": 128, "d_model": 20, "d_ff": 28}
+    config = small_config(model=model, train={"remat": remat, "attention": "splash", "seq_len": 128, "batch_size": 2})
+    program = program_on(config)
+    sizes = {"D": 20, "Q": 6 * 128, "K": 2 * 128, "F": 28}
+    with jax.set_mesh(program.mesh):
+        params = program.state_shapes["params"]
+        rows = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in program.batch_shapes.items()}
+        layers = lambda p, r: program.passes._run(p, r)[0].x_BTD  # noqa: E731
+        pull = jax.eval_shape(lambda p, r: jax.vjp(lambda p: layers(p, r), p)[1], params, rows)
+    stacked = [
+        x.shape for x in jax.tree.leaves(pull) if x.dtype == jnp.float32 and x.shape[:3] in [(1, 2, 128), (1, 2, 6)]
+    ]
+    log_z = 6 if remat in ("attention", "minimal") else 0
+    assert sum(math.prod(shape) for shape in stacked) / (2 * 128) == sum(sizes[letter] for letter in kept) + log_z

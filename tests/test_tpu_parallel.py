@@ -127,8 +127,9 @@ def figures_tool():
 def plain_products(model, seq_len, rows):
     """FLOPs of a step's products without a pipeline: a layer runs again in the backward pass, but for its last one."""
     d, f = model["d_model"], model["d_ff"]
-    forward = 2 * (4 * d * d + 2 * d * f) + 4 * seq_len * d
-    return rows * seq_len * (model["num_layers"] * (4 * forward - 2 * d * f) + 6 * d * model["vocab_size"])
+    forward, rope = 2 * (4 * d * d + 2 * d * f) + 4 * seq_len * d, 4 * d * model["head_dim"]
+    layer = 4 * forward - 2 * d * f + 3 * rope  # which is linear and has no weights
+    return rows * seq_len * (model["num_layers"] * layer + 6 * d * model["vocab_size"])
 
 
 def test_pipeline():

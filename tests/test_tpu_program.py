@@ -1,6 +1,8 @@
 """The train step compiled by the real TPU compiler, for a slice that is not there."""
 
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from maxlm.step import build_program
 
 pytestmark = [pytest.mark.tpu, pytest.mark.xdist_group("tpu"), pytest.mark.long]
 
-L, D, F, V, H = 4, 2048, 5632, 8192, 128
+L, D, F, V, H, B, T = 4, 2048, 5632, 8192, 128, 48, 256
 MODEL = {
     "vocab_size": V,
     "num_layers": L,
@@ -25,6 +27,7 @@ MODEL = {
     "head_dim": H,
     "dtype": "bfloat16",
 }
+ARRAY = re.compile(r"\b(f32|bf16)\[([\d,]+)\]")
 MESHES = {"fsdp16": {}, "data2_fsdp4_tensor2": {"data": 2, "fsdp": 4, "tensor": 2}}
 
 
@@ -32,7 +35,9 @@ MESHES = {"fsdp16": {}, "data2_fsdp4_tensor2": {"data": 2, "fsdp": 4, "tensor": 
 def compiled(name: str, grad_accum: int = 1):
     from jax.experimental import topologies
 
-    config = small_config(model=MODEL, train={"batch_size": 32, "seq_len": 256, "grad_accum": grad_accum})
+    config = small_config(
+        model=MODEL, train={"batch_size": B, "seq_len": T, "grad_accum": grad_accum, "logit_parts": 2}
+    )
     devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
     program = build_program(config, make_mesh(MeshConfig(**MESHES[name]), devices))
     return program, program.lower_step().compile()
@@ -89,6 +94,20 @@ def test_the_state_is_updated_in_place(name):
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state_shapes)
     )
     assert memory.alias_size_in_bytes >= state
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_neither_logits_nor_attention_weights_nor_a_bf16_model_are_in_memory(name):
+    program, step = compiled(name)
+    arrays = {(dtype, tuple(int(n) for n in dims.split(","))) for dtype, dims in ARRAY.findall(step.as_text())}
+    sizes = program.mesh.shape
+    tokens = B * T // (sizes["data"] * math.prod(n for axis, n in sizes.items() if axis.startswith("fsdp")))
+    vocabulary, heads = V // sizes["tensor"], 16 // sizes["tensor"]
+    assert [a for _, a in arrays if vocabulary in a and math.prod(a) % (tokens * vocabulary) == 0] == []
+    assert [a for _, a in arrays if a.count(T) >= 2 and math.prod(a) >= heads * T * T] == []
+    layers = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(program.state_shapes["params"]["layers"])]
+    matrices = {shape_of(shape) for shape in layers if math.prod(shape) > 8 * L * D}
+    assert [a for dtype, a in arrays if dtype == "bf16" and shape_of(a) in matrices] == []
 
 
 def test_with_microbatches_the_sum_over_data_still_happens_once_per_step():

@@ -58,6 +58,7 @@ def compile_gradients(mesh: dict[str, int], num_microbatches: int) -> tuple[Prog
                 "batch_size": rows,
                 "seq_len": 1024,
                 "grad_accum": num_microbatches if stages > 1 else num_microbatches // 2,
+                "attention": "plain",  # so that all products are the compiler's
             },
             "optim": {"learning_rate": 1e-3},
         }

@@ -1,4 +1,4 @@
-"""Attention over packed rows. One signature; this is the plain XLA implementation, the reference of all others."""
+"""Attention over packed rows in plain XLA: the reference of all others, and what they are made of on a device."""
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +49,88 @@ def _seen_BTS(segments_BT: jax.Array, window: int | None) -> jax.Array:
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return constrain(same & near[None], "BTS")
+
+
+def chunk_forward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen_BTS: jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to some keys, on one device.
+
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys.
+        v_BSKH: values.
+        seen_BTS: bool, the keys that count for a query; none may.
+        scale: multiplies the logits.
+        softcap: bound of the logits.
+
+    Returns:
+        Output [B, T, N, H] and log-sum-exp of the logits [B, N, T], float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    logits, seen = _chunk_logits(q_BTNH, k_BSKH, seen_BTS, scale, softcap)
+    top = logits.max(-1)
+    weights = jnp.where(seen, jnp.exp(logits - top[..., None]), 0.0)
+    total = weights.sum(-1)
+    total = jnp.where(total > 0, total, 1.0)
+    sums = jnp.einsum("btkgs,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+    log_z = (top + jnp.log(total)).reshape(B, T, N).swapaxes(1, 2)
+    return (sums / total[..., None]).reshape(B, T, N, H), log_z
+
+
+def chunk_backward(
+    q_BTNH: jax.Array,
+    o_BTNH: jax.Array,
+    log_z_BNT: jax.Array,
+    do_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen_BTS: jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients by q, k and v, float32, of attention to all keys, as far as it goes through these.
+
+    Args:
+        q_BTNH: queries.
+        o_BTNH: output over all keys.
+        log_z_BNT: log-sum-exp of the logits of all keys.
+        do_BTNH: gradient by the output.
+        k_BSKH: keys.
+        v_BSKH: values.
+        seen_BTS: bool, the keys that count for a query.
+        scale: multiplies the logits.
+        softcap: bound of the logits.
+    """
+    B, T, _, _ = q_BTNH.shape
+    group = lambda x: x.reshape(B, T, k_BSKH.shape[2], -1, *x.shape[3:])  # noqa: E731
+    q, do, log_z = group(q_BTNH), group(do_BTNH), group(log_z_BNT.swapaxes(1, 2))
+    drift = group((do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32)).sum(-1))
+    logits, seen = _chunk_logits(q_BTNH, k_BSKH, seen_BTS, scale, softcap)
+    weights = jnp.where(seen, jnp.exp(logits - log_z[..., None]), 0.0)
+    products = {"preferred_element_type": jnp.float32}
+    d_logits = weights * (jnp.einsum("btkgh,bskh->btkgs", do, v_BSKH, **products) - drift[..., None])
+    if softcap is not None:
+        d_logits *= 1 - jnp.square(jnp.where(seen, logits, 0.0) / softcap)
+    d_logits = (d_logits * scale).astype(q.dtype)
+    dq = jnp.einsum("btkgs,bskh->btkgh", d_logits, k_BSKH, **products).reshape(q_BTNH.shape)
+    dk = jnp.einsum("btkgs,btkgh->bskh", d_logits, q, **products)
+    return dq, dk, jnp.einsum("btkgs,btkgh->bskh", weights.astype(do.dtype), do, **products)
+
+
+def _chunk_logits(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, seen_BTS: jax.Array, scale: float, softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """float32 logits [B, T, K, G, S], and which of them count; those that do not are the lowest float."""
+    B, T, _, H = q_BTNH.shape
+    q = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
+    logits = jnp.einsum("btkgh,bskh->btkgs", q, k_BSKH, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    seen = jnp.broadcast_to(seen_BTS[:, :, None, None], logits.shape)
+    return jnp.where(seen, logits, jnp.finfo(jnp.float32).min), seen

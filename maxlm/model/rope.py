@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
@@ -18,10 +19,15 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, fraction: flo
     """
     H = x_BTNH.shape[-1]
     half = int(H * fraction) // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    features = np.arange(H)
+    frequency = np.where(features < 2 * half, theta ** (-(features % half) / half), 0.0).astype(np.float32)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x = x_BTNH.astype(jnp.float32)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    # The halves change places in a product with ones, which is exact: slices of less than 128 lanes cost TPUs more. Its
+    # batch dim of one says to remat policies that it is no product with a weight.
+    swap, lower = np.zeros((1, H, H), np.float32), np.arange(half)
+    swap[0, lower + half, lower], swap[0, lower, lower + half] = -1, 1
+    spec = jax.P(None, *jax.typeof(x_BTNH).sharding.spec)
+    swap_ZHI = jnp.asarray(swap, x_BTNH.dtype)
+    (swapped,) = jnp.einsum("ZBTNH,ZHI->ZBTNI", x_BTNH[None], swap_ZHI, precision="highest", out_sharding=spec)
+    turned = x_BTNH.astype(jnp.float32) * jnp.cos(angle) + swapped.astype(jnp.float32) * jnp.sin(angle)
     return turned.astype(x_BTNH.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.config import ModelConfig
 from maxlm.model.attention import Attention, AttentionKernel
@@ -18,11 +19,22 @@ from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of
 from maxlm.sharding import gather, param_spec
 
+_keep = jax.checkpoint_policies
+_dots, _attention = _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names("attention_out")
 REMAT_POLICIES = {
-    # what the forward pass keeps for the backward pass, per layer, beside its input [B, T, D]
+    # What the forward pass keeps of a layer for the backward pass, in bytes per token of a Llama-like layer in bf16
+    # (D width, Q = N H, K = K H, F feed-forward), and the share of the forward pass that runs again.
     "none": None,  # every intermediate; nothing is computed twice
-    "full": jax.checkpoint_policies.nothing_saveable,  # nothing; the layer's forward runs again (+1/3 of the FLOPs)
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projection outputs; attention runs again
+    "full": _keep.nothing_saveable,  # 2 D, its input; all
+    "attention": _attention,  # 2 (D + Q) + 4 N: also what attention gives; all but attention
+    "dots": _dots,  # 2 (2 D + Q + 2 K + 2 F): also what products with weights give; attention, norms, nonlinearities
+    "minimal": _keep.save_from_both_policies(_dots, _attention),  # 2 (2 D + 2 Q + 2 K + 2 F) + 4 N; norms and the like
+    "offload": _keep.save_and_offload_only_these_names(  # nothing: its input goes to the host and comes back; all
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 LEADING_DIMS = {0: "", 1: "L", 3: "RPL"}
@@ -135,6 +147,8 @@ def run_layers(
 
     def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, Aux]:
         stored, number = repeat
+        x = checkpoint_name(x, "layer_input")
+        stored = jax.tree.map(lambda w: w if w.dtype == x.dtype else _stay(w, number), stored)
         weights = gather_weights(stored, dims, x.dtype)
         return run_repeat(graphdef, weights, x, positions_BT, segments_BT, number, ops)
 
@@ -184,6 +198,19 @@ def gather_weights(state: Any, dims: Any, dtype: Any) -> Any:
         dtype: compute dtype.
     """
     return jax.tree.map(lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims, is_leaf=_is_variable)
+
+
+@jax.custom_vjp
+def _stay(w: jax.Array, number: jax.Array) -> jax.Array:
+    """w, made so that its cast stays in the loop over layers; number is that of a layer, never negative.
+
+    XLA would move the casts of all layers out of it, a copy of the model in the compute dtype, and it looks through an
+    optimization_barrier. A product with a number that it cannot know stays.
+    """
+    return w * (number >= 0).astype(w.dtype)
+
+
+_stay.defvjp(lambda w, number: (_stay(w, number), None), lambda _, g: (g, None))
 
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:

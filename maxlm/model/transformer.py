@@ -13,7 +13,7 @@ from maxlm.model.dropout import Drop, keep_all
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
 from maxlm.model.stack import Aux, gather_weights, make_layers
-from maxlm.sharding import axis_size, compute_spec, constrain, einsum, gather
+from maxlm.sharding import compute_spec, constrain, einsum, gather
 
 Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, Aux]]
 """(layers, x_BTD, positions_BT, segments_BT, number of the first) -> x_BTD and sums of what layers report."""
@@ -45,9 +45,8 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array,
         stack: Stack,
         drop: Drop = keep_all,
-        at: jax.Array | None = None,
     ) -> tuple[jax.Array, Aux]:
-        """Predicts the next token at every position, or at one.
+        """Runs embedding and layers; `logits` takes what comes out.
 
         Args:
             tokens_BT: int32 token ids.
@@ -55,22 +54,14 @@ class Transformer(nnx.Module):
             segments_BT: int32 document numbers; a token attends within its own.
             stack: runs the layers.
             drop: dropout of the embedding.
-            at: int32 scalar; only the logits of this position are computed. T is then the number of context shards,
-                all alike.
 
         Returns:
-            float32 logits [B, T, V] over the padded vocabulary; padding is the lowest float and cannot be sampled;
-            and the sums over layers of what they report.
+            The residual stream [B, T, D], and the sums over layers of what they report.
         """
         x_BTD = self.embedded(tokens_BT, positions_BT, drop)
         if self.dense_layers is not None:
             x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT, 0)
-        x_BTD, aux = stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_dense_layers)
-        if at is not None:
-            # each context shard computes the same one: a single token does not divide over them
-            x_B1D = jax.lax.dynamic_slice_in_dim(constrain(x_BTD, "BSD"), at, 1, axis=1)
-            x_BTD = constrain(jnp.repeat(x_B1D, axis_size("context"), axis=1), "BTD")
-        return self.logits(x_BTD), aux
+        return stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_dense_layers)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, drop: Drop = keep_all, dims: str = "BT") -> jax.Array:
         """What enters the layers.
@@ -93,20 +84,24 @@ class Transformer(nnx.Module):
         return drop(x, 0)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """float32 logits [B, T, V] of what leaves the layers."""
-        dtype = jnp.dtype(self.config.dtype)
-        x_BTD = self._final_norm(dtype)(x_BTD)
-        if self.unembed is None:
-            embed_VD = gather(self.embed[...], "VD", dtype)
-            logits_BTV = einsum("BTD,VD->BTV", x_BTD, embed_VD, preferred_element_type=jnp.float32)
-        else:
-            unembed_DV = gather(self.unembed[...], "DV", dtype)
-            logits_BTV = einsum("BTD,DV->BTV", x_BTD, unembed_DV, preferred_element_type=jnp.float32)
-        return self._finish(logits_BTV)
+        """float32 logits [B, T, V] over the padded vocabulary of what leaves the layers.
 
-    def _final_norm(self, dtype: Any) -> Norm:
+        Padding is the lowest float and cannot be sampled.
+        """
+        weight, dims = self.projection
+        gathered = gather(weight, dims, x_BTD.dtype)
+        x_BTD = self.normed(x_BTD)
+        return self._finish(einsum(f"BTD,{dims}->BTV", x_BTD, gathered, preferred_element_type=jnp.float32))
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream after the last norm."""
         graphdef, state = nnx.split(self.final_norm)
-        return nnx.merge(graphdef, gather_weights(state, dims_of(state), dtype))
+        return nnx.merge(graphdef, gather_weights(state, dims_of(state), x_BTD.dtype))(x_BTD)
+
+    @property
+    def projection(self) -> tuple[jax.Array, str]:
+        """The weight that makes logits of the normed stream, and its dimension letters."""
+        return (self.embed[...], "VD") if self.unembed is None else (self.unembed[...], "DV")
 
     def _finish(self, logits_BTV: jax.Array) -> jax.Array:
         config = self.config

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 
-def island(function: Callable[..., Any], arguments: Any, out_specs: Any) -> Any:
+def island(function: Callable[..., Any], arguments: Any, out_specs: Any, checked: bool = True) -> Any:
     """Calls a function on the local blocks of its arguments, manual over every axis that is not manual already.
 
     A weight whose type says that its gradient is summed over devices (reduced) is inside just different on each of
@@ -22,6 +22,8 @@ def island(function: Callable[..., Any], arguments: Any, out_specs: Any) -> Any:
         function: local arrays -> local arrays. It may use collectives over any mesh axis.
         arguments: a sequence of trees of arrays; each array is cut as its type says.
         out_specs: PartitionSpecs of what the function returns, as a tree prefix.
+        checked: JAX checks that what leaves without an axis in its spec is the same along it. Without, results count as
+            varying along all manual axes around that an argument varies along.
     """
     live = live_axes()
     if not live:
@@ -34,7 +36,12 @@ def island(function: Callable[..., Any], arguments: Any, out_specs: Any) -> Any:
         leave = lambda s, tree: jax.tree.map(lambda x: _open(x, tuple(s.unreduced)), tree)  # noqa: E731
         return jax.tree.map(leave, out_specs, function(*blocks), is_leaf=lambda s: isinstance(s, P))
 
-    return jax.shard_map(inside, in_specs=in_specs, out_specs=out_specs, axis_names=live)(*arguments)
+    run = jax.shard_map(inside, in_specs=in_specs, out_specs=out_specs, axis_names=live, check_vma=checked)
+    results = run(*arguments)
+    if checked:
+        return results
+    varying = [jax.typeof(x).mat.varying for x in jax.tree.leaves(arguments)]
+    return vary(results, tuple(frozenset().union(*varying)))
 
 
 def live_axes() -> frozenset[str]:
