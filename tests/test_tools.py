@@ -41,3 +41,13 @@ def test_bench_start(tmp_path):
     small = ["model.num_layers=1", "train.batch_size=8", f"data.stores={json.dumps([store])}"]
     result = figures("tools/bench_start.py", "configs/quickstart.yaml", *small, "--rounds", "1")
     assert result["times_s"]["first"][0] > result["times_s"]["second"][0] > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_bench_aot():
+    small = "num_layers=2 d_model=1024 d_ff=2048 num_heads=8 vocab_size=4096".split()
+    result = figures("tools/bench_aot.py", "7b-v5e", *(f"model.{field}" for field in small), "train.logit_parts=2")
+    assert result["num_pallas_calls"] == 2 * 4, "splash forward, forward again and two of its backward, for two layers"
+    assert result["over_roofline"] > 1
+    assert 0.9 < result["wire_over_least"] < 1.5
