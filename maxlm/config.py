@@ -138,7 +138,8 @@ class TrainConfig(Section):
         "full",
         description="What the backward pass recomputes: nothing (none); whole layers (full, as pipelines always do); "
         "all but attention; all but products with weights (dots); all but products (minimal). offload is full, with "
-        "the layers' inputs kept by the host.",
+        "the layers' inputs kept by the host. attention and minimal keep what splash gives: without it they are full "
+        "and dots.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
     dropout: BelowOne = Field(
@@ -146,8 +147,8 @@ class TrainConfig(Section):
     )
     attention: Literal["auto", "plain", "splash"] = Field(
         "auto",
-        description="What computes attention: plain XLA, or splash, which holds no logits (TPU). auto takes splash on "
-        "TPU where rows are a multiple of 128 tokens.",
+        description="What computes attention: plain XLA, or splash, which holds no logits (TPU; elsewhere interpreted, "
+        "very slowly, for tests). auto takes splash on TPU. Rows that are no multiple of 128 tokens are plain.",
     )
     logit_parts: Positive | None = Field(
         None,

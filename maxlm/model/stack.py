@@ -23,7 +23,8 @@ _keep = jax.checkpoint_policies
 _dots, _attention = _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names("attention_out")
 REMAT_POLICIES = {
     # What the forward pass keeps of a layer for the backward pass, in bytes per token of a Llama-like layer in bf16
-    # (D width, Q = N H, K = K H, F feed-forward), and the share of the forward pass that runs again.
+    # (D width, Q = N H, K = K H, F feed-forward), and the share of the forward pass that runs again. Plain attention
+    # gives nothing to keep: with it "attention" is "full", and "minimal" is "dots".
     "none": None,  # every intermediate; nothing is computed twice
     "full": _keep.nothing_saveable,  # 2 D, its input; all
     "attention": _attention,  # 2 (D + Q) + 4 N: also what attention gives; all but attention
