@@ -134,6 +134,11 @@ class TrainConfig(Section):
         description="Gather sharded weights layer by layer (less memory) or once a step (less traffic), as a pipeline "
         "(mesh.stage) always does.",
     )
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Gradients of layers are kept and summed over microbatches in this type; bfloat16 halves their "
+        "memory. Pipelines keep float32.",
+    )
     remat: Literal["none", "full", "attention", "dots", "minimal", "offload"] = Field(
         "full",
         description="What the backward pass recomputes: nothing (none); whole layers (full, as pipelines always do); "
@@ -141,14 +146,22 @@ class TrainConfig(Section):
         "the layers' inputs kept by the host. attention and minimal keep what splash gives: without it they are full "
         "and dots.",
     )
+    repeats_per_scan: Positive = Field(
+        1,
+        description="Repeats of the layer pattern in one iteration of the loop over layers. Of n only the first one's "
+        "input is kept for the backward pass, a 1/n of the memory, and their forward pass runs once more; with "
+        "remat=none nothing but the loop changes.",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
     dropout: BelowOne = Field(
         0.0, description="Share of features dropped after the embedding and after each sublayer, in training alone."
     )
-    attention: Literal["auto", "plain", "splash"] = Field(
+    attention: Literal["auto", "plain", "splash", "cudnn"] = Field(
         "auto",
-        description="What computes attention: plain XLA, or splash, which holds no logits (TPU; elsewhere interpreted, "
-        "very slowly, for tests). auto takes splash on TPU. Rows that are no multiple of 128 tokens are plain.",
+        description="What computes attention: plain XLA, or a kernel that holds no logits, splash on TPU, cudnn on "
+        "NVIDIA GPUs (elsewhere both are imitated, slowly, for tests). auto takes that of the device. Plain all the "
+        "same: for splash rows that are no multiple of 128 tokens; for cudnn float32, soft-caps, heads over 128 and "
+        "mesh.context.",
     )
     logit_parts: Positive | None = Field(
         None,
@@ -230,6 +243,19 @@ class OptimConfig(Section):
     clip_norm: float | None = Field(
         1.0, gt=0, description="Global gradient norm is clipped to this; null turns it off."
     )
+    state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="Type of the optimizer's moments between steps; rounding to it is stochastic. "
+        "It cannot change within a run.",
+    )
+    state_over_data: bool = Field(
+        False,
+        description="Split the optimizer's state over mesh.data too: each replica updates a share of the weights, and "
+        "all gather them (ZeRO, stage 1).",
+    )
+    state_on_host: bool = Field(
+        False, description="Keep the optimizer's state in the host's memory; it visits the device for each update."
+    )
     lr_rules: dict[str, float] = Field(
         {}, description="Learning-rate multipliers by parameter path: {expression: factor}; the first match counts."
     )
@@ -237,6 +263,15 @@ class OptimConfig(Section):
     ema: float | None = Field(
         None, gt=0, lt=1, description="Decay of an exponential average of the weights, kept and used for evaluation."
     )
+
+    @model_validator(mode="after")
+    def _on_host(self) -> "OptimConfig":
+        if self.state_on_host and self.name in ("adafactor", "muon"):
+            raise ValueError(
+                f"state_on_host=true updates layer by layer, and {self.name} looks at several layers at once; "
+                "use adamw, sgd or lion, or leave the state on the devices (state_dtype=int8 makes it small)"
+            )
+        return self
 
 
 class EvalConfig(Section):
@@ -287,6 +322,17 @@ class Config(Section):
             raise ValueError(
                 f"train.seq_len={self.train.seq_len} is longer than model.max_positions={table}; raise max_positions"
             )
+        dense = self.model.num_dense_layers // len(self.model.layer_pattern)
+        for name, repeats in (("", self.model.num_repeats), ("dense ", dense)):
+            if repeats % self.train.repeats_per_scan:
+                raise ValueError(
+                    f"train.repeats_per_scan={self.train.repeats_per_scan} does not divide the model's {repeats} {name}"
+                    f"repeats of its layer pattern; use {divisor_at_most(repeats, self.train.repeats_per_scan)}"
+                )
+        if self.train.repeats_per_scan > 1 and self.train.remat == "offload":
+            raise ValueError("train.repeats_per_scan and remat=offload both save the layers' inputs; use one of them")
+        if self.mesh.stage > 1 and self.train.repeats_per_scan > 1:
+            raise ValueError("train.repeats_per_scan is of runs without a pipeline; leave it at 1 or set mesh.stage=1")
         schedule, steps = self.optim.schedule, self.train.num_steps
         if schedule.warmup_steps + schedule.cooldown_steps > steps:
             raise ValueError(

@@ -120,6 +120,12 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     _check_model(config.model, sizes)
     _check_batch(config.train, sizes)
     _check_pipeline(config, sizes)
+    D, shards = config.model.d_model, sizes["fsdp"] * sizes["data"]
+    if config.optim.state_over_data and D % shards:
+        raise ConfigError(
+            f"optim.state_over_data=true splits model.d_model={D} over fsdp x data = {shards} devices, which do not "
+            "divide it; change one of them, or leave state_over_data=false"
+        )
 
 
 def _check_model(model: ModelConfig, sizes: dict[str, int]) -> None:

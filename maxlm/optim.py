@@ -24,6 +24,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from maxlm.config import OptimConfig
 from maxlm.config_file import ConfigError
+from maxlm.moments import kept_in
 from maxlm.schedule import make_schedule
 
 Tree = Any
@@ -74,9 +75,10 @@ def make_optimizer(
     """
     frozen = _matching("freeze", optim.freeze, dims)
     live = jax.tree.map(lambda is_frozen, d: not is_frozen and not _is_router_bias(d), frozen, dims)
-    steps = [_direction(optim, dims, live, num_repeats)]
+    steps = [kept_in(optim.state_dtype, _direction(optim, dims, live, num_repeats))]
     # Links that do nothing stay in the chain: a resumed run may turn clipping or decay on and off.
-    steps.insert(0, optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm))
+    bound = None if optim.state_on_host else optim.clip_norm  # there the caller clips: see clip_factor
+    steps.insert(0, optax.identity() if bound is None else optax.clip_by_global_norm(bound))
     if not optim.weight_decay:
         steps.append(optax.add_decayed_weights(0.0, mask=live))
     else:
@@ -87,19 +89,25 @@ def make_optimizer(
     return _partition(optax.chain(*steps), frozen, dims, router_bias_rate)
 
 
-def grad_norm(grads: Tree, dims: Tree) -> jax.Array:
+def grad_norm(grads: Tree, dims: Tree, freeze: Iterable[str] = ()) -> jax.Array:
     """Global norm of the gradients, without the load errors of routers' biases.
 
     Args:
         grads: float32 gradients.
         dims: dimension letters of every parameter.
+        freeze: expressions of parameters that do not count either.
     """
-    squares = [
-        jnp.square(g).sum()
-        for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(dims), strict=True)
-        if not _is_router_bias(d)
-    ]
+    trees = grads, dims, _matching("freeze", freeze, dims)
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    squares = [jnp.square(g).sum() for g, d, is_frozen in leaves if not (is_frozen or _is_router_bias(d))]
     return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def clip_factor(optim: OptimConfig, grads: Tree, dims: Tree) -> jax.Array:
+    """By what optax.clip_by_global_norm would multiply all gradients."""
+    if optim.clip_norm is None:
+        return jnp.ones(())
+    return jnp.minimum(1.0, optim.clip_norm / grad_norm(grads, dims, optim.freeze))
 
 
 def update(tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grads: Tree) -> tuple[Tree, Tree]:
@@ -115,7 +123,7 @@ def update(tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grad
         New parameters and state, with the shardings of the old ones.
     """
     # optax mixes Python floats with integer counts, which strict promotion (our tests) refuses.
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 

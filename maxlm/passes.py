@@ -16,15 +16,26 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maxlm.config import Config
+from maxlm.hardware import detect
+from maxlm.kernels import fused
 from maxlm.loss import Batch, Objective, Sums, cross_entropy
 from maxlm.model.dropout import Drop, dropout, keep_all
 from maxlm.model.stack import Aux, Ops, run_layers
-from maxlm.model.transformer import Transformer
+from maxlm.model.summed import Summed, make_slot
+from maxlm.model.transformer import STACKS, Transformer
 from maxlm.parallel.attention import sharded_attention, zigzag_order
 from maxlm.parallel.expert import dispatch_experts
 from maxlm.parallel.head import Options as HeadOptions
 from maxlm.parallel.head import head_cross_entropy
-from maxlm.sharding import compute_spec, constrain, enter_step, leave_step, num_shards, zeros_like_gradient
+from maxlm.sharding import (
+    compute_spec,
+    constrain,
+    enter_step,
+    leave_step,
+    num_shards,
+    weight_dtype,
+    zeros_like_gradient,
+)
 
 PART_LOGITS = 2**27
 """Logits that a device holds at a time, at most, as a count (512 MiB), unless configured."""
@@ -87,11 +98,20 @@ class Passes:
 
     def ops(self, rows: Batch) -> Ops:
         """What layers are given, for these tokens."""
-        mesh, on_tpu = self.config.mesh, self.mesh.devices.flat[0].platform == "tpu"
-        local = self.config.train.attention
+        mesh, device, local = self.config.mesh, self.mesh.devices.flat[0], self.config.train.attention
+        on_tpu, on_cudnn = device.platform == "tpu", fused.runs_on(device)
         if local == "auto":
-            local = "splash" if on_tpu else "plain"
-        kernel = partial(sharded_attention, mesh.context_attention, local, interpret=not on_tpu)
+            local = "splash" if on_tpu else "cudnn" if on_cudnn else "plain"
+        interpret = not {"splash": on_tpu, "cudnn": on_cudnn}.get(local, False)
+        chip = detect(device)
+        kernel = partial(
+            sharded_attention,
+            mesh.context_attention,
+            local,
+            interpret=interpret,
+            packed=self.config.data.segment_mask,
+            chip=None if chip is None else chip.name,
+        )
         dispatch = mesh.expert_dispatch
         if dispatch == "auto":
             dispatch = "exchange" if on_tpu else "gather"
@@ -147,21 +167,34 @@ class PlainPasses(Passes):
         train = self.config.train
         batch = self.arrange(batch, "MBS")
         held = enter_step(params, self.dims, self.dtype, train.gather == "step")
-        value_and_grad = jax.value_and_grad(self._objective, has_aux=True)
+        stacks = {name: part for name, part in held.items() if name in STACKS}
+        outer = {name: part for name, part in held.items() if name not in STACKS}
+        grad_dtype = jnp.dtype(train.grad_dtype)
+        dims = {name: self.dims[name] for name in stacks}
+        slots = jax.tree.map(lambda w, d: make_slot(w, weight_dtype(d, grad_dtype)), stacks, dims)
+
+        def objective(outer: Any, slots: Any, totals: Any, rows: Batch) -> tuple[jax.Array, Sums]:
+            trees = (stacks, slots) if totals is None else (stacks, slots, totals)
+            return self._objective({**outer, **jax.tree.map(Summed, *trees)}, rows)
+
+        value_and_grad = jax.value_and_grad(objective, (0, 1), has_aux=True)
 
         def microbatch(carry: Any, rows: Batch) -> tuple[Any, None]:
-            (_, sums), grads = value_and_grad(held, rows)
+            totals, outer_totals, sums = carry
+            (_, more), (d_outer, totals) = value_and_grad(outer, slots, totals, rows)
             add = lambda total, g: total + g.astype(jnp.float32)  # noqa: E731
-            return (jax.tree.map(add, carry[0], grads), jax.tree.map(jnp.add, carry[1], sums)), None
+            return (totals, jax.tree.map(add, outer_totals, d_outer), jax.tree.map(jnp.add, sums, more)), None
 
         if train.grad_accum == 1:
-            (_, sums), grads = value_and_grad(held, jax.tree.map(lambda x: x[0], batch))
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            (_, sums), (d_outer, totals) = value_and_grad(outer, slots, None, jax.tree.map(lambda x: x[0], batch))
+            d_outer = jax.tree.map(lambda g: g.astype(jnp.float32), d_outer)
         else:
             zeros = {name: jnp.zeros(()) for name in self.objective.names}
-            start = (jax.tree.map(zeros_like_gradient, held), zeros)
-            (grads, sums), _ = jax.lax.scan(microbatch, start, batch)
-        return leave_step(grads, self.dims), sums
+            in_float32 = partial(zeros_like_gradient, dtype=jnp.float32)
+            start = (jax.tree.map(zeros_like_gradient, slots), jax.tree.map(in_float32, outer), zeros)
+            (totals, d_outer, sums), _ = jax.lax.scan(microbatch, start, batch)
+        grads = {**totals, **d_outer}
+        return leave_step(grads, self.dims, self.config.optim.state_over_data), sums
 
     @in_precision
     def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +227,8 @@ class PlainPasses(Passes):
 
     def _objective(self, params: Any, rows: Batch) -> tuple[jax.Array, Sums]:
         head, aux = self._run(params, rows)
-        objective, sums = self.objective.of_tokens(head, rows)
+        with jax.named_scope("head"):
+            objective, sums = self.objective.of_tokens(head, rows)
         if of_routers := self.objective.of_routers(aux, sums["targets"]):
             objective += of_routers["objective"]
             sums |= {**of_routers, "objective": objective}
@@ -203,7 +237,8 @@ class PlainPasses(Passes):
     def _run(self, params: Any, rows: Batch) -> tuple[ModelHead, Aux]:
         """Through all layers, up to the head."""
         ops = self.ops(rows)
-        stack = partial(run_layers, ops=ops, remat=self.config.train.remat)
+        train = self.config.train
+        stack = partial(run_layers, ops=ops, remat=train.remat, per_scan=train.repeats_per_scan)
         model: Transformer = nnx.merge(self.graph, params)
         x_BTD, aux = model(rows["tokens"], rows["positions"], rows["segments"], stack, ops.drop)
         return self.head(model, x_BTD), aux

@@ -52,7 +52,8 @@ class Stack:
             if stages > 1 and saved[i] % stages == 0:
                 lead[i] = "stage"
                 break
-        return jax.ShapeDtypeStruct(saved, wanted.dtype, sharding=NamedSharding(sharding.mesh, P(*lead, *own)))
+        place = NamedSharding(sharding.mesh, P(*lead, *own), memory_kind=sharding.memory_kind)
+        return jax.ShapeDtypeStruct(saved, wanted.dtype, sharding=place)
 
     def restack(self, x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         """Gives an array read by as_saved the shape and place that are wanted."""
@@ -67,8 +68,10 @@ class Stack:
             filled = jnp.concatenate([flat, jnp.zeros((total - len(flat), *own), x.dtype)])
             return filled.reshape(wanted.shape)
 
+        here = jax.device_put(x, x.sharding.with_memory_kind("device"))  # what rests on the host, one array at a time
         with jax.set_mesh(sharding.mesh):
             auto = jax.sharding.auto_axes(run, out_sharding=sharding.spec)
-            out = jax.jit(auto, out_shardings=sharding)(x)
+            out = jax.jit(auto, out_shardings=sharding.with_memory_kind("device"))(here)
+        out = jax.device_put(out, sharding)
         x.delete()  # of another shape, so it cannot be donated; the state is not held twice
         return out

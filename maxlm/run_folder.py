@@ -40,6 +40,7 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "train": train,
         "optim.name": config.optim.name,
+        "optim.state_dtype": config.optim.state_dtype,
     }
 
 
@@ -94,6 +95,8 @@ class RunFolder:
                     f"{self.file('identity.json')} is damaged, so nothing says whether this is the same run; "
                     f"use another run.name, with train.start_from={self.path} to go on from its checkpoints"
                 ) from None
+            if isinstance(there, dict):
+                there.setdefault("optim.state_dtype", "float32")  # of runs before there was a choice
             changes = _changes(there, json.loads(json.dumps(wanted)))
             if changes:
                 raise ConfigError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -114,6 +115,15 @@ def spec(dims: str, table: dict[str, Axes], **kinds: Any) -> P:
 def param_spec(dims: str) -> P:
     """Where a parameter, its gradient and its master copy rest."""
     return spec(dims, PARAM)
+
+
+def update_spec(dims: str, shape: tuple[int, ...], over_data: bool) -> P:
+    """Where a parameter is updated and its optimizer state rests: as it rests, or D is split over data too.
+
+    Over data only where D divides.
+    """
+    split = "D" in dims and shape[dims.index("D")] % axis_size("fsdp", "data") == 0
+    return spec(dims, {**PARAM, "D": ("fsdp", "data")} if over_data and split else PARAM)
 
 
 def compute_spec(dims: str) -> P:
@@ -215,26 +225,61 @@ def enter_step(params: Any, dims: Any, dtype: Any, gather_now: bool) -> Any:
     return jax.tree.map(enter, params, dims)
 
 
-def leave_step(grads: Any, dims: Any) -> Any:
-    """Sums gradients of enter_step's result over fsdp and replicas, and lays them out like the parameters.
+def leave_step(grads: Any, dims: Any, over_data: bool = False) -> Any:
+    """Sums gradients of enter_step's result over fsdp and replicas, and lays them out where parameters are updated.
 
     Over several slices the slow network comes last, alone: it carries what a slice has summed and scattered.
     """
 
     def leave(g: jax.Array, d: str) -> jax.Array:
-        g = _reduce_scatter(g, d)
+        g, place = _reduce_scatter(g, d), update_spec(d, g.shape, over_data)
         if slices := frozenset(mesh_axes("slice")) & jax.typeof(g).sharding.spec.unreduced:
-            g = jax.reshard(g, spec(d, PARAM, unreduced=slices))
-        return jax.reshard(g, param_spec(d))
+            g = jax.reshard(g, P(*place.partitions, unreduced=slices))
+        return jax.reshard(g, place)
 
     return jax.tree.map(leave, grads, dims)
 
 
-def zeros_like_gradient(w: jax.Array) -> jax.Array:
-    """Float32 zeros with the type of w's gradient: what is reduced in w is unreduced there."""
+def zeros_like_gradient(w: jax.Array, dtype: Any = None) -> jax.Array:
+    """Zeros with the type of w's gradient, in its dtype or another: what is reduced in w is unreduced there."""
     spec_w = jax.typeof(w).sharding.spec
-    zeros = jnp.zeros(w.shape, jnp.float32, out_sharding=P(*spec_w.partitions))
+    zeros = jnp.zeros(w.shape, dtype or w.dtype, out_sharding=P(*spec_w.partitions))
     return jax.reshard(zeros, P(*spec_w.partitions, unreduced=spec_w.reduced)) if spec_w.reduced else zeros
+
+
+def put_layer(total: jax.Array, i: jax.Array, g: jax.Array, add: bool) -> jax.Array:
+    """total with g at total[i], or added to it, in place: gradients [L, ...] and [...], of the same type otherwise."""
+
+    def put(total: jax.Array, i: jax.Array, g: jax.Array) -> jax.Array:
+        g = g.astype(total.dtype)
+        if add:
+            g += jax.lax.dynamic_index_in_dim(total, i, 0, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, g, i, 0)
+
+    spec_g = jax.typeof(g).sharding.spec
+    if not spec_g.unreduced:
+        return put(total, i, g)
+    # types cannot say that slices of terms of a sum are such terms; nor can shard_map's checks
+    spec_t = P(None, *spec_g.partitions, unreduced=spec_g.unreduced)
+    return jax.shard_map(put, in_specs=(spec_t, P(), spec_g), out_specs=spec_t, check_vma=False)(total, i, g)
+
+
+def in_groups(x: jax.Array, count: int) -> jax.Array:
+    """Groups of neighbouring layers: [L, ...] -> [L / count, count, ...], with the sharding and types of x."""
+    spec_x = jax.typeof(x).sharding.spec
+    shape = (x.shape[0] // count, count, *x.shape[1:])
+    place = P(None, *spec_x.partitions, reduced=spec_x.reduced)
+    return jax.lax.reshape(x, shape, out_sharding=place)
+
+
+def keep_layout(w: jax.Array) -> jax.Array:
+    """w, in memory with its dims in their order, whatever the layout that its consumer would like.
+
+    The compiler gives a slice's wish to the whole array: float32 copies of all layers' queries, keys and values.
+    """
+    spec_w = jax.typeof(w).sharding.spec
+    ordered = lambda w: with_layout_constraint(w, Layout(tuple(range(w.ndim))))  # noqa: E731
+    return jax.shard_map(ordered, in_specs=(spec_w,), out_specs=spec_w, check_vma=False)(w)
 
 
 def _axes_of_kind(logical: str, kind: AxisType) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ configured, "ema" (float32 averaged weights).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm import optim
+from maxlm import host_state, optim
 from maxlm.compiler_options import Options, compiler_options
 from maxlm.config import Config
 from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss
@@ -26,7 +26,7 @@ from maxlm.passes import PlainPasses
 from maxlm.pipeline_passes import PipelinePasses
 from maxlm.restack import Stack
 from maxlm.schedule import make_schedule
-from maxlm.sharding import compute_spec
+from maxlm.sharding import compute_spec, param_spec, update_spec
 
 State = dict[str, Any]
 COUNTS = ("targets", "dropped_tokens")
@@ -75,11 +75,13 @@ class Program:
         with jax.set_mesh(self.mesh):
             shapes = jax.eval_shape(lambda: self._init(jax.random.key(0)))
 
-        def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
             spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+            on_host = self.config.optim.state_on_host and path[0].key == "opt" and leaf.ndim
+            sharding = NamedSharding(self.mesh, spec, memory_kind=host_state.ON_HOST if on_host else None)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        return jax.tree.map(place, shapes)
+        return jax.tree_util.tree_map_with_path(place, shapes)
 
     @cached_property
     def state_shardings(self) -> Any:
@@ -127,7 +129,7 @@ class Program:
 
     @cached_property
     def grads(self) -> Any:
-        """(params, batch, step=0) -> (mean gradients laid out like the parameters, metrics)."""
+        """(params, batch, step=0) -> (mean gradients, laid out where parameters are updated, and metrics)."""
         return jax.jit(self._grads, compiler_options=self._options)
 
     def lower_step(self) -> Any:
@@ -147,14 +149,23 @@ class Program:
 
     def _init(self, key: jax.Array) -> State:
         params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model, self.stack_shape))[1])
-        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": self.optimizer.init(params)}
+        opt = self.optimizer.init(self._for_update(params))
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
         if self.config.optim.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
         return state
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, metrics = self._grads(state["params"], batch, state["step"])
-        params, opt = optim.update(self.optimizer, state["params"], state["opt"], grads)
+        sums, metrics = self._sums(state["params"], batch, state["step"])
+        mean = partial(_mean, metrics["targets"])
+        grads, params = jax.tree.map(mean, sums), self._for_update(state["params"])
+        if self.config.optim.state_on_host:
+            factor = optim.clip_factor(self.config.optim, grads, self.dims)
+            ready = lambda g: mean(g) * factor  # noqa: E731
+            params, opt = host_state.update(self.optimizer, self.mesh, self.dims, params, state["opt"], sums, ready)
+        else:
+            params, opt = optim.update(self.optimizer, params, state["opt"], grads)
+        params = jax.tree.map(lambda p, d: jax.reshard(p, param_spec(d)), params, self.dims)
         new = {"step": state["step"] + 1, "params": params, "opt": opt}
         if self.config.optim.ema is not None:
             new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, state["step"])
@@ -162,14 +173,23 @@ class Program:
         metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
         return new, metrics
 
+    def _for_update(self, tree: Any) -> Any:
+        """Parameters or gradients, laid out like the optimizer's state."""
+        over_data = self.config.optim.state_over_data
+        return jax.tree.map(lambda x, d: jax.reshard(x, update_spec(d, x.shape, over_data)), tree, self.dims)
+
     def _grads(self, params: Any, batch: Batch, step: jax.typing.ArrayLike = 0) -> tuple[Any, Sums]:
         """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
+        sums, metrics = self._sums(params, batch, step)
+        return jax.tree.map(partial(_mean, metrics["targets"]), sums), metrics
+
+    def _sums(self, params: Any, batch: Batch, step: jax.typing.ArrayLike) -> tuple[Any, Sums]:
+        """Gradients of the sum over all targets, in the type they are kept in, and metrics."""
         if self.config.train.dropout:
             batch = {**batch, "noise": self._noise(batch["tokens"].shape, step)}
         grads, sums = self.passes.grads(params, batch)
-        count = jnp.maximum(sums["targets"], 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        return grads, {name: total if name in COUNTS else total / count for name, total in sums.items()}
+        mean = partial(_mean, sums["targets"])
+        return self._for_update(grads), {name: x if name in COUNTS else mean(x) for name, x in sums.items()}
 
     def _noise(self, shape: tuple[int, ...], step: jax.typing.ArrayLike) -> jax.Array:
         """A random word for each token [M, B, T] of a step, the same however it is cut into microbatches."""
@@ -177,6 +197,10 @@ class Program:
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), step)
         bits_BMT = jax.random.bits(key, (B, M, T), jnp.uint32, out_sharding=compute_spec("BMS"))
         return bits_BMT.swapaxes(0, 1)
+
+
+def _mean(targets: jax.Array, total: jax.Array) -> jax.Array:
+    return total.astype(jnp.float32) / jnp.maximum(targets, 1.0)
 
 
 def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = None) -> Program:

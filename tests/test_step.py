@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers import assert_same_loss_and_grads, loss_and_grads, perturbed_params, program_on, random_batch, small_config
 
+from maxlm.config_file import ConfigError
+
 MODELS = {
     "llama": {},
     "gpt2": {
@@ -105,6 +107,35 @@ def test_remat_changes_no_number(remat):
     assert_same_loss_and_grads(loss_and_grads(other, params, batch), loss_and_grads(one, params, batch))
 
 
+@pytest.mark.parametrize(("remat", "grad_accum", "num_layers"), [("full", 1, 6), ("dots", 2, 3), ("none", 2, 6)])
+def test_several_repeats_in_an_iteration_change_no_number(remat, grad_accum, num_layers):
+    config = small_config(model={**small_config().model.model_dump(), "num_layers": num_layers})
+    one = program_on(config)
+    params, batch = perturbed_params(one), random_batch(config)
+    train = {"remat": remat, "repeats_per_scan": 3, "grad_accum": grad_accum}
+    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    other = program_on(config, data=2, fsdp=2, tensor=2)
+    assert_same_loss_and_grads(loss_and_grads(other, params, random_batch(config)), loss_and_grads(one, params, batch))
+    if remat != "none":
+        kept = [x.shape[0] for x in jax.tree.leaves(kept_of_layers(config)) if x.shape[1:] == (8 // grad_accum, 12, 20)]
+        assert kept == [num_layers // 3], "the inputs of iterations, not of repeats"
+
+
+def test_repeats_in_an_iteration_divide_the_layers():
+    with pytest.raises(ConfigError, match="repeats_per_scan=2 does not divide the model's 3 repeats"):
+        small_config(train={"repeats_per_scan": 2})
+
+
+def kept_of_layers(config):
+    """Shapes of what the forward pass of the layers keeps for the backward pass, on one device."""
+    program = program_on(config)
+    with jax.set_mesh(program.mesh):
+        params = program.state_shapes["params"]
+        rows = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in program.batch_shapes.items()}
+        layers = lambda p, r: program.passes._run(p, r)[0].x_BTD  # noqa: E731
+        return jax.eval_shape(lambda p, r: jax.vjp(lambda p: layers(p, r), p)[1], params, rows)
+
+
 @pytest.mark.parametrize(
     ("remat", "kept"),  # features per token: width D, queries Q, keys and values K, feed-forward F; and heads N
     [("full", "D"), ("attention", "DQ"), ("dots", "DDQKKFF"), ("minimal", "DDQQKKFF")],
@@ -113,15 +144,38 @@ def test_a_remat_policy_keeps_what_it_says(remat, kept):
     """In float32, as the table in model/stack.py says for two bytes."""
     model = {"num_layers": 1, "num_heads": 6, "num_kv_heads": 2, "head_dim": 128, "d_model": 20, "d_ff": 28}
     config = small_config(model=model, train={"remat": remat, "attention": "splash", "seq_len": 128, "batch_size": 2})
-    program = program_on(config)
     sizes = {"D": 20, "Q": 6 * 128, "K": 2 * 128, "F": 28}
-    with jax.set_mesh(program.mesh):
-        params = program.state_shapes["params"]
-        rows = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in program.batch_shapes.items()}
-        layers = lambda p, r: program.passes._run(p, r)[0].x_BTD  # noqa: E731
-        pull = jax.eval_shape(lambda p, r: jax.vjp(lambda p: layers(p, r), p)[1], params, rows)
+    pull = kept_of_layers(config)
     stacked = [
         x.shape for x in jax.tree.leaves(pull) if x.dtype == jnp.float32 and x.shape[:3] in [(1, 2, 128), (1, 2, 6)]
     ]
     log_z = 6 if remat in ("attention", "minimal") else 0
     assert sum(math.prod(shape) for shape in stacked) / (2 * 128) == sum(sizes[letter] for letter in kept) + log_z
+
+
+def temporaries(**train) -> tuple[float, float]:
+    """Temporary bytes of a step, and bytes of its float32 parameters, per device."""
+    model = {**small_config().model.model_dump(), "num_layers": 8, "d_model": 256, "d_ff": 512, "dtype": "bfloat16"}
+    program = program_on(small_config(model=model, train={"batch_size": 8, **train}), fsdp=2)
+    params = sum(4 * x.size for x in jax.tree.leaves(program.state_shapes["params"])) / 2
+    return program.lower_step().compile().memory_analysis().temp_size_in_bytes, params
+
+
+def test_microbatches_need_no_second_copy_of_gradients_and_bfloat16_ones_half_the_memory():
+    one, params = temporaries()
+    four, _ = temporaries(grad_accum=4)
+    assert abs(four - one) < 0.1 * params
+    half, _ = temporaries(grad_accum=4, grad_dtype="bfloat16")
+    assert 0.4 * params < four - half < 0.6 * params
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_bfloat16_gradients_are_rounded_gradients(mesh, grad_accum):
+    config = small_config(train={"batch_size": 16})
+    params, batch = perturbed_params(program_on(config)), random_batch(config)
+    _, want = loss_and_grads(program_on(config), params, batch)
+    rounded = small_config(train={"batch_size": 16, "grad_accum": grad_accum, "grad_dtype": "bfloat16"})
+    _, got = loss_and_grads(program_on(rounded, **mesh), params, random_batch(rounded))
+    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), got, want)
+    assert 1e-5 < max(jax.tree.leaves(errors["layers"])) < 1e-2

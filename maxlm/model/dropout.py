@@ -30,13 +30,13 @@ def dropout(rate: float, noise: jax.Array, x: jax.Array, place: jax.Array | int)
         x: [..., D].
         place: number of the place in the model: others there, other features.
     """
-    word = _mix(noise ^ _mix(jnp.asarray(place, jnp.uint32) + np.uint32(1)))
+    word = mix_bits(noise ^ mix_bits(jnp.asarray(place, jnp.uint32) + np.uint32(1)))
     features = jax.lax.broadcasted_iota(jnp.uint32, (*[1] * noise.ndim, x.shape[-1]), noise.ndim) * np.uint32(GOLDEN)
-    kept = _mix(word[..., None] + features) >= np.uint32(rate * 2**32)
+    kept = mix_bits(word[..., None] + features) >= np.uint32(rate * 2**32)
     return jnp.where(kept, x.astype(jnp.float32) * np.float32(1 / (1 - rate)), 0.0).astype(x.dtype)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix_bits(x: jax.Array) -> jax.Array:
     """Every bit of a uint32 changes every other with probability 1/2 (finalizer of MurmurHash3, A. Appleby)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)

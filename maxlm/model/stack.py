@@ -17,7 +17,8 @@ from maxlm.model.mlp import Mlp
 from maxlm.model.moe import Aux, Dispatch, Moe
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of
-from maxlm.sharding import gather, param_spec
+from maxlm.model.summed import begin, collect, take_apart
+from maxlm.sharding import gather, in_groups, keep_layout, param_spec
 
 _keep = jax.checkpoint_policies
 _dots, _attention = _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names("attention_out")
@@ -80,15 +81,18 @@ class Block(nnx.Module):
         ops: Ops,
     ) -> tuple[jax.Array, Aux]:
         """Returns the residual stream [B, T, D] after this block, the number-th, and what its router reports."""
-        h, aux = _apply(self.attention_norm, x_BTD), {}
-        h = self.attention(h, positions_BT, segments_BT, ops.kernel)
-        x_BTD = x_BTD + ops.drop(_apply(self.attention_post_norm, h), 2 * number + 1)
-        h = _apply(self.mlp_norm, x_BTD)
-        if self.mlp is not None:
-            h = self.mlp(h)
-        elif self.moe is not None:
-            h, aux = self.moe(h, ops.dispatch)
-        return x_BTD + ops.drop(_apply(self.mlp_post_norm, h), 2 * number + 2), aux
+        aux: Aux = {}
+        with jax.named_scope("attention"):
+            h = _apply(self.attention_norm, x_BTD)
+            h = self.attention(h, positions_BT, segments_BT, ops.kernel)
+            x_BTD = x_BTD + ops.drop(_apply(self.attention_post_norm, h), 2 * number + 1)
+        with jax.named_scope("mlp" if self.moe is None else "experts"):
+            h = _apply(self.mlp_norm, x_BTD)
+            if self.mlp is not None:
+                h = self.mlp(h)
+            elif self.moe is not None:
+                h, aux = self.moe(h, ops.dispatch)
+            return x_BTD + ops.drop(_apply(self.mlp_post_norm, h), 2 * number + 2), aux
 
 
 def make_layers(
@@ -127,6 +131,7 @@ def run_layers(
     *,
     ops: Ops,
     remat: str,
+    per_scan: int = 1,
 ) -> tuple[jax.Array, Aux]:
     """Runs all blocks of a stack in order; weights are gathered one repeat of the pattern at a time.
 
@@ -138,25 +143,52 @@ def run_layers(
         first: number of the first block in the model.
         ops: what layers are given.
         remat: a key of REMAT_POLICIES.
+        per_scan: repeats in one iteration of the loop. Unless remat is "none", of more than one only the first one's
+            input is kept, and their forward pass runs once more.
 
     Returns:
         The residual stream, and the sums over layers of what they add up beside it.
     """
     graphdef, state = nnx.split(layers)
     dims, count = dims_of(state), len(layers)
+    state, slots, totals = take_apart(state)
     repeats = jax.tree.leaves(state)[0].shape[0]
 
-    def body(x: jax.Array, repeat: Any) -> tuple[jax.Array, Aux]:
-        stored, number = repeat
-        x = checkpoint_name(x, "layer_input")
+    def body(carry: Any, repeat: Any) -> tuple[Any, Aux]:
+        (x, slots), (stored, place) = carry, repeat
+        x, number = checkpoint_name(x, "layer_input"), first + count * place
+        if slots is not None:
+            stored, slots = collect(totals is not None, stored, slots, place)
         stored = jax.tree.map(lambda w: w if w.dtype == x.dtype else _stay(w, number), stored)
-        weights = gather_weights(stored, dims, x.dtype)
-        return run_repeat(graphdef, weights, x, positions_BT, segments_BT, number, ops)
+        with jax.named_scope("weights"):
+            weights = gather_weights(stored, dims, x.dtype)
+        x, aux = run_repeat(graphdef, weights, x, positions_BT, segments_BT, number, ops)
+        return (x, slots), aux
 
+    body, each = _in_iterations(body, (state, jnp.arange(repeats)), remat, per_scan)
+    (x_BTD, slots), aux = jax.lax.scan(body, (x_BTD, slots), each)
+    if totals is not None:
+        x_BTD = begin(x_BTD, slots, totals)
+    return x_BTD, jax.tree.map(lambda values: values.sum(), aux)
+
+
+def _in_iterations(body: Callable[[Any, Any], Any], each: Any, remat: str, count: int) -> tuple[Any, Any]:
+    """A scan's body that is rematerialized and does `count` steps of the given one, and what it is to run over."""
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BTD, aux = jax.lax.scan(body, x_BTD, (state, first + count * jnp.arange(repeats)))
-    return x_BTD, jax.tree.map(lambda values: values.sum(), aux)
+    if count == 1:
+        return body, each
+
+    def steps(carry: Any, each: Any) -> tuple[Any, Aux]:
+        reports = []
+        for i in range(count):
+            carry, aux = body(carry, jax.tree.map(lambda x, i=i: x[i], each))
+            reports.append(aux)
+        return carry, jax.tree.map(lambda *values: sum(values[1:], values[0]), *reports)
+
+    if remat != "none":
+        steps = jax.checkpoint(steps, policy=REMAT_POLICIES["full"], prevent_cse=False)
+    return steps, jax.tree.map(lambda x: in_groups(x, count), each)
 
 
 def run_repeat(
@@ -208,7 +240,7 @@ def _stay(w: jax.Array, number: jax.Array) -> jax.Array:
     XLA would move the casts of all layers out of it, a copy of the model in the compute dtype, and it looks through an
     optimization_barrier. A product with a number that it cannot know stays.
     """
-    return w * (number >= 0).astype(w.dtype)
+    return keep_layout(w) * (number >= 0).astype(w.dtype)
 
 
 _stay.defvjp(lambda w, number: (_stay(w, number), None), lambda _, g: (g, None))

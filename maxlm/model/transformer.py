@@ -15,6 +15,9 @@ from maxlm.model.param import dims_of, normal
 from maxlm.model.stack import Aux, gather_weights, make_layers
 from maxlm.sharding import compute_spec, constrain, einsum, gather
 
+STACKS = ("dense_layers", "layers")
+"""Names of the parameters of layers, in order."""
+
 Stack = Callable[[nnx.Dict, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, Aux]]
 """(layers, x_BTD, positions_BT, segments_BT, number of the first) -> x_BTD and sums of what layers report."""
 
@@ -76,12 +79,13 @@ class Transformer(nnx.Module):
             dims + "D" in the compute dtype.
         """
         dtype = jnp.dtype(self.config.dtype)
-        x = _lookup(f"{dims}D", gather(self.embed[...], "VD", dtype), tokens)
-        if self.config.embedding_scale is not None:
-            x = x * jnp.asarray(self.config.embedding_scale, dtype)
-        if self.positions is not None:
-            x = x + _lookup(f"{dims}D", gather(self.positions[...], "TD", dtype), positions)
-        return drop(x, 0)
+        with jax.named_scope("embedding"):
+            x = _lookup(f"{dims}D", gather(self.embed[...], "VD", dtype), tokens)
+            if self.config.embedding_scale is not None:
+                x = x * jnp.asarray(self.config.embedding_scale, dtype)
+            if self.positions is not None:
+                x = x + _lookup(f"{dims}D", gather(self.positions[...], "TD", dtype), positions)
+            return drop(x, 0)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 logits [B, T, V] over the padded vocabulary of what leaves the layers.
@@ -96,6 +100,7 @@ class Transformer(nnx.Module):
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream after the last norm."""
         graphdef, state = nnx.split(self.final_norm)
+        x_BTD, state = _grads_together((x_BTD, state))
         return nnx.merge(graphdef, gather_weights(state, dims_of(state), x_BTD.dtype))(x_BTD)
 
     @property
@@ -111,6 +116,19 @@ class Transformer(nnx.Module):
             return logits_BTV
         real_V = constrain(jnp.arange(config.padded_vocab) < config.vocab_size, "V")
         return jnp.where(real_V[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+@jax.custom_vjp
+def _grads_together(tree: Any) -> Any:
+    """The same; gradients by its arrays go on when all are there.
+
+    Else the compiler puts off the gradient of the last norm's weight until the layers' backward pass has ended, and
+    keeps what it needs so long: the residual stream and its gradient.
+    """
+    return tree
+
+
+_grads_together.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
