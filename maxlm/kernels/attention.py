@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from maxlm.sharding import compute_spec, constrain, einsum
 
+NUM_BLOCKS = 4
+"""Blocks of queries in a long row, each with the keys that it may see: of the logits, 5/8 are computed."""
+
 
 def attention(
     q_BTNH: jax.Array,
@@ -30,24 +33,64 @@ def attention(
     Returns:
         [B, T, N, H] in q's dtype.
     """
+    T = q_BTNH.shape[1]
+    count = NUM_BLOCKS if T % NUM_BLOCKS == 0 and T >= 64 * NUM_BLOCKS else 1
+    outs = []
+    # blocks of queries: the keys behind a block, or too far before it, are left out
+    for start in range(0, T, T // count):
+        stop = start + T // count
+        rows, keys = slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
+        seen = _seen_BTS(segments_BT, rows, keys, window)
+        outs.append(_attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], seen, scale, softcap))
+    return outs[0] if count == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, seen_BTS: jax.Array, scale: float, softcap: float | None
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=compute_spec("BTKGH"))
-    logits = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    logits = _logits(q_BTKGH, k_BSKH) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    seen = _seen_BTS(segments_BT, window)[:, None, None]
-    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-    return jax.lax.reshape(o_BTKGH, (B, T, N, H), out_sharding=compute_spec("BTNH"))
+    logits = jnp.where(seen_BTS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    return jax.lax.reshape(_mix(logits, v_BSKH), (B, T, N, H), out_sharding=compute_spec("BTNH"))
 
 
-def _seen_BTS(segments_BT: jax.Array, window: int | None) -> jax.Array:
-    T = segments_BT.shape[1]
-    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+def _logits(q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    # in this order XLA for CPUs writes the product as it is needed, and not transposed
+    return einsum("BSKH,BTKGH->BKGTS", k_BSKH, q_BTKGH, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _mix(logits_BKGTS: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Softmax of the logits times the values, [B, T, K, G, H]."""
+    return _mix_forward(logits_BKGTS, v_BSKH)[0]
+
+
+def _mix_forward(logits: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    o = einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return o, (weights, v, o)
+
+
+def _mix_backward(saved: tuple[jax.Array, jax.Array, jax.Array], do: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, v, o = saved
+    dv = einsum("BKGTS,BTKGH->BSKH", weights, do)
+    d_weights = _logits(do, v)
+    # sum over keys of weight times gradient, by the much smaller output (FlashAttention, arXiv:2205.14135, B.2)
+    drift = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
+    return weights.astype(jnp.float32) * (d_weights - jnp.moveaxis(drift, 1, -1)[..., None]), dv
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _seen_BTS(segments_BT: jax.Array, rows: slice, keys: slice, window: int | None) -> jax.Array:
+    distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    same = segments_BT[:, rows, None] == segments_BT[:, None, keys]
     return constrain(same & near[None], "BTS")
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-LANES = 128
+from maxlm.kernels.splash_blocks import Blocks, Mask, choose
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Splash:
         window: keys that a query sees, itself included; None is all.
         softcap: bound of the logits.
         interpret: run on any machine, slowly.
+        chip: hardware.Chip.name of the chip it is for, which decides on block sizes; None takes them by rule.
+        blocks: block sizes of all kernels instead.
     """
 
     scale: float
@@ -32,41 +35,54 @@ class Splash:
     window: int | None = None
     softcap: float | None = None
     interpret: bool = False
+    chip: str | None = None
+    blocks: Blocks | None = None
 
     def forward(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: jax.Array, segments_BS: jax.Array
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, N, H] in q's dtype, and float32 log-sum-exp of the logits [B, N, T]."""
+        """Output [B, T, N, H] in q's dtype, and float32 log-sum-exp of the logits [B, N, T].
+
+        Args:
+            q_BTNH: queries.
+            k_BSKH: keys.
+            v_BSKH: values.
+            segments: document numbers of queries [B, T] and of keys [B, S], int32; None where all are of one document.
+        """
         kernel = self._kernel(q_BTNH, k_BSKH)
         heads = self._heads(q_BTNH, k_BSKH, v_BSKH)
-        o, (log_z,) = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(*heads, splash.SegmentIds(segments_BT, segments_BS))
+        ids = None if segments is None else splash.SegmentIds(*segments)
+        o, (log_z,) = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(*heads, ids)
         B, T, N, H = q_BTNH.shape
-        return o.reshape(B, N, T, H).swapaxes(1, 2), log_z.reshape(B, N, T)
+        # splash writes log_z 128 times: together with o, only one of them is kept from here on
+        o, log_z = jax.lax.optimization_barrier((o, log_z.reshape(B, N, T)))
+        return o.reshape(B, N, T, H).swapaxes(1, 2), log_z
 
     def backward(
         self,
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
-        segments_BT: jax.Array,
-        segments_BS: jax.Array,
+        segments: tuple[jax.Array, jax.Array] | None,
         o_BTNH: jax.Array,
         log_z_BNT: jax.Array,
         do_BTNH: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Gradients by q, k and v, in their dtypes."""
+        """Gradients by q, k and v, in their dtypes. Args: as forward's, what it gives, and the gradient by o."""
         kernel = self._kernel(q_BTNH, k_BSKH)
         q, k, v = self._heads(q_BTNH, k_BSKH, v_BSKH)
-        o, do = (x.swapaxes(1, 2).reshape(q.shape) for x in (o_BTNH, do_BTNH))
+        # else the product before this one writes features before tokens, and both arrays are copied
+        in_order = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
+        o, do = (in_order(x.swapaxes(1, 2)).reshape(q.shape) for x in (o_BTNH, do_BTNH))
 
         def run(*arrays: Any) -> tuple[jax.Array, ...]:
             q, k, v, o, log_z, do, segments = arrays
             saved = (q, k, v, segments, None, o, log_z, kernel.dq_mask_info, kernel.dkv_mask_info)
             return splash._splash_attention_bwd(res=saved, do=do, **kernel.kwargs)[3:6]
 
-        segments = splash.SegmentIds(segments_BT, segments_BS)
+        ids = None if segments is None else splash.SegmentIds(*segments)
         each = jax.vmap(jax.vmap(run, (*[0] * 6, None)))
-        dq, dk, dv = each(q, k, v, o, log_z_BNT.reshape(q.shape[:-1]), do, segments)
+        dq, dk, dv = each(q, k, v, o, log_z_BNT.reshape(q.shape[:-1]), do, ids)
         dq = (dq.astype(jnp.float32) * self.scale).astype(q_BTNH.dtype).reshape(q.shape)
         B, T, N, H = q_BTNH.shape
         return dq.reshape(B, N, T, H).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
@@ -85,31 +101,16 @@ class Splash:
         else:
             mask = masks.CausalMask(shape) if self.causal else masks.FullMask(shape)
         group = q_BTNH.shape[2] // k_BSKH.shape[2]
-        q, kv = (block_size(n, q_BTNH.shape[3]) for n in shape)
         return splash.make_splash_mqa_single_device(
             masks.MultiHeadMask([mask] * group),
-            block_sizes=splash.BlockSizes(
-                block_q=q,
-                block_kv=kv,
-                block_kv_compute=kv,
-                block_q_dkv=q,
-                block_kv_dkv=kv,
-                block_kv_dkv_compute=kv,
-                block_q_dq=q,
-                block_kv_dq=kv,
-            ),
+            block_sizes=self._block_sizes(q_BTNH, Mask(*shape, self.causal, self.window)),
             save_residuals=True,
             attn_logits_soft_cap=self.softcap,
             interpret=self.interpret,
         )
 
-
-def fits(num_tokens: int) -> bool:
-    """Whether rows of this length can be cut into blocks of whole lanes."""
-    return num_tokens % LANES == 0
-
-
-def block_size(num_tokens: int, head_size: int) -> int:
-    """Rows or keys of a block: the largest that divides them and leaves room in VMEM for the float32 logits."""
-    largest = 512 if head_size <= LANES else 256
-    return max(n for n in range(LANES, largest + 1, LANES) if num_tokens % n == 0)
+    def _block_sizes(self, q_BTNH: jax.Array, mask: Mask) -> splash.BlockSizes:
+        # float32 and a bound of the logits take more of the core's memory than was measured
+        chip = None if q_BTNH.dtype.itemsize > 2 or self.softcap is not None else self.chip
+        fwd, dq, dkv = (self.blocks or choose(chip, q_BTNH.shape[3], kernel, mask) for kernel in ("fwd", "dq", "dkv"))
+        return splash.BlockSizes(*fwd, *dkv, *dq[:2])

@@ -1,7 +1,8 @@
 """Attention on sharded arrays: each device computes with its own heads, sequences and, over the context axis, tokens.
 
-What a device computes is one of two kernels: plain XLA, or splash, which holds no logits (TPU). Where tokens are split
-over the context axis, keys and values of other shards come around a ring, or are gathered first.
+What a device computes is one of three kernels: plain XLA, or one that holds no logits: splash (TPU), or cuDNN's (GPU,
+and not over the context axis: its backward pass takes no log-sum-exp from outside). Where tokens are split over the
+context axis, keys and values of other shards come around a ring, or are gathered first.
 
 Tokens lie in zigzag order there: of 2 n chunks, context shard i holds chunks i and 2 n - 1 - i. Under a causal mask
 every shard then has the same work in each round of the ring (Liu et al., Ring Attention, arXiv:2310.01889; the order is
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from maxlm.kernels import splash
+from maxlm.kernels import fused, splash, splash_blocks
 from maxlm.kernels.attention import attention, chunk_backward, chunk_forward
 from maxlm.parallel.island import island
 from maxlm.sharding import compute_spec
@@ -35,11 +36,13 @@ class Options:
 
     Attributes:
         kind: "ring" or "gather", over the context axis.
-        local: "plain" or "splash", on a device.
+        local: "plain", "splash" or "cudnn", on a device.
         scale: multiplies the logits.
         window: keys that a query sees, itself included; None is all before it.
         softcap: bound of the logits.
-        interpret: run splash on any machine, slowly.
+        interpret: run splash on any machine, slowly, and plain XLA in cuDNN's place.
+        packed: rows may hold several documents.
+        chip: hardware.Chip.name of the devices, for splash's block sizes.
     """
 
     kind: str
@@ -48,6 +51,8 @@ class Options:
     window: int | None
     softcap: float | None
     interpret: bool = False
+    packed: bool = True
+    chip: str | None = None
 
 
 class Tokens(NamedTuple):
@@ -97,12 +102,14 @@ def sharded_attention(
     window: int | None = None,
     softcap: float | None = None,
     interpret: bool = False,
+    packed: bool = True,
+    chip: str | None = None,
 ) -> jax.Array:
     """As kernels.attention.attention; arrays that are split over context are in zigzag order.
 
     Args:
         kind: "ring" or "gather".
-        local: "plain", or "splash" where it can.
+        local: "plain", or "splash" or "cudnn" where they can.
         q_BTNH: queries.
         k_BTKH: keys.
         v_BTKH: values.
@@ -110,15 +117,21 @@ def sharded_attention(
         scale: multiplies the logits.
         window: keys a query sees, itself included.
         softcap: bound of the logits.
-        interpret: run splash on any machine, slowly.
+        interpret: run splash on any machine, slowly, and plain XLA in cuDNN's place.
+        packed: rows may hold several documents.
+        chip: hardware.Chip.name of the devices, for splash's block sizes.
     """
     shards = _num_shards()
     blocks = q_BTNH.shape[1] // (shards if shards == 1 else 2 * shards)
-    if not splash.fits(blocks) or (window is not None and shards > 1):  # windows would differ from round to round
+    if local == "splash" and (not splash_blocks.fits(blocks) or (window is not None and shards > 1)):
+        local = "plain"  # over context, windows would differ from round to round
+    if local == "cudnn" and (shards > 1 or not fused.takes(q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], softcap)):
         local = "plain"
     if local == "plain" and shards == 1:
         return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window, softcap=softcap)
-    options = Options(kind, local, scale, window, softcap, interpret)
+    options = Options(kind, local, scale, window, softcap, interpret, packed, chip)
+    if local == "cudnn":
+        return _fused_attention(options, q_BTNH, k_BTKH, v_BTKH, segments_BT)
     return _attention(options, q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
@@ -141,6 +154,29 @@ def _attention_bwd(options: Options, saved: Any, do: jax.Array) -> Any:
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _fused(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    seen = segments if options.packed else None
+    return fused.fused_attention(
+        q, k, v, seen, scale=options.scale, window=options.window, on_gpu=not options.interpret
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_attention(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    return island(partial(_fused, options), (q, k, v, segments), compute_spec("BTNH"), checked=False)
+
+
+def _fused_bwd(options: Options, saved: Any, do: jax.Array) -> Any:
+    def pull(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, do: jax.Array) -> Any:
+        return jax.vjp(lambda q, k, v: _fused(options, q, k, v, segments), q, k, v)[1](do)
+
+    out = (compute_spec("BTNH"), compute_spec("BTKH"), compute_spec("BTKH"))
+    return *island(pull, (*saved, do), out, checked=False), None
+
+
+_fused_attention.defvjp(lambda options, *arrays: (_fused_attention(options, *arrays), arrays), _fused_bwd)
 
 
 def _island(options: Options, function: Any, arguments: Any, out: Any) -> Any:
@@ -258,7 +294,7 @@ def _gathered(own: Keys, stay: Any, travel: Any, meet: Any) -> tuple[Any, Any]:
 def _attend(options: Options, own: bool, q: jax.Array, tokens: Tokens, kv: Keys) -> tuple[jax.Array, jax.Array]:
     """Output [b, t, n, h] and log-sum-exp [b, n, t] of queries that see these keys alone; own keys are theirs."""
     if options.local == "splash":
-        return _splash(options, own).forward(q, kv.k, kv.v, tokens.segments, kv.tokens.segments)
+        return _splash(options, own).forward(q, kv.k, kv.v, _segments(options, tokens, kv))
     seen = _seen(options, tokens, kv.tokens)
     return chunk_forward(q, kv.k, kv.v, seen, options.scale, options.softcap)
 
@@ -267,14 +303,17 @@ def _attend_back(options: Options, own: bool, queries: Any, tokens: Tokens, kv: 
     """Gradients by queries, keys and values of what _attend gives; queries are (q, o, log_z, do)."""
     q, o, log_z, do = queries
     if options.local == "splash":
-        where = tokens.segments, kv.tokens.segments
-        return _splash(options, own).backward(q, kv.k, kv.v, *where, o, log_z, do)
+        return _splash(options, own).backward(q, kv.k, kv.v, _segments(options, tokens, kv), o, log_z, do)
     seen = _seen(options, tokens, kv.tokens)
     return chunk_backward(q, o, log_z, do, kv.k, kv.v, seen, options.scale, options.softcap)
 
 
 def _splash(options: Options, own: bool) -> splash.Splash:
-    return splash.Splash(options.scale, own, options.window, options.softcap, options.interpret)
+    return splash.Splash(options.scale, own, options.window, options.softcap, options.interpret, options.chip)
+
+
+def _segments(options: Options, tokens: Tokens, kv: Keys) -> tuple[jax.Array, jax.Array] | None:
+    return (tokens.segments, kv.tokens.segments) if options.packed else None
 
 
 def _seen(options: Options, queries: Tokens, keys: Tokens) -> jax.Array:
