@@ -9,6 +9,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
 
@@ -17,6 +18,7 @@ EPILOG = """examples:
   maxlm train configs/quickstart.yaml train.steps=400     the same run, longer
   maxlm config configs/quickstart.yaml mesh.tensor=2      what would run
   maxlm data build docs/ --out stores/docs                text to a token store
+  maxlm bench configs/1b.yaml --on v5e:2x4                what a step costs on eight TPUs
   maxlm doctor configs/quickstart.yaml                    is this machine fit for it
   maxlm report runs/a runs/b                              compare two runs
 """
@@ -24,7 +26,12 @@ EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 failed on the way, 2 asked for wrongly, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and (not hasattr(args, "overrides") or any(o.startswith("-") or "=" not in o for o in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:  # settings that stand behind an option
+        args.overrides += others
     try:
         return args.run(args)
     except BrokenPipeError:
@@ -94,10 +101,33 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON, with everything that is known")
     doctor.set_defaults(run=_doctor)
 
+    _add_bench(commands)
     from maxlm.data import cli as data_cli
 
     data_cli.add_parser(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="what a train step costs, here or on a TPU slice that is not there",
+        description="Runs the train step that CONFIG describes on random tokens and prints time, speed, memory and "
+        "what it sends. With --on nothing runs: the TPU compiler makes the step for that slice and says what it "
+        "estimates. Exit code 1 if it does not fit into the chip's memory.",
+        epilog="examples:\n  maxlm bench configs/quickstart.yaml\n  maxlm bench configs/1b.yaml --on v5e:2x4 --top 10\n"
+        "  maxlm bench configs/llama3_8b.yaml --on v6e:4x4 train.remat=offload",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(bench)
+    bench.add_argument("--on", metavar="TOPOLOGY", help="TPU slice as jax names it: v5e:4x4, v5p:2x2x4, v6e:16x16")
+    bench.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are timed (10)")
+    bench.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (3)")
+    bench.add_argument("--profile", action="store_true", help="also trace a few steps, to name the costliest places")
+    bench.add_argument("--trace", metavar="FOLDER", help="keep that trace here (TensorBoard and xprof read it)")
+    bench.add_argument("--top", type=int, default=10, metavar="N", help="how many of those places (10)")
+    bench.add_argument("--json", action="store_true", help="print one line of JSON")
+    bench.set_defaults(run=_bench)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +197,26 @@ def _report(args: argparse.Namespace) -> int:
         print(report.text_summary(run), end="\n\n")
     for path in report.write_report(args.runs, args.out):
         print(path)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.steps < 1 or args.warmup < 1 or args.top < 1:
+        raise ConfigError("--steps, --warmup and --top are counts from 1")
+    if args.on is not None and (args.profile or args.trace):
+        raise ConfigError("--on runs nothing that could be traced; leave out --profile and --trace")
+    config = load_config(args.config, args.overrides)
+    from maxlm import bench, hosts
+
+    if args.on is not None:
+        result = bench.bench_compiled(config, args.on, args.top)
+    else:
+        with bench.trace_folder(args.trace, args.profile or args.trace is not None) as folder:
+            result = bench.bench_measured(config, args.warmup, args.steps, folder, args.top)
+    if args.on is not None or hosts.is_first():
+        print(json.dumps(result) if args.json else bench.show(result))
+    if not bench.fits(result):
+        raise RuntimeError("the step does not fit into the memory of the device")
     return 0
 
 

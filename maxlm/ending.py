@@ -51,8 +51,8 @@ def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def bytes_per_device(shapes: Any) -> int:
-    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
-    leaves = jax.tree.leaves(shapes)
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings; not what the host holds."""
+    leaves = [x for x in jax.tree.leaves(shapes) if x.sharding.memory_kind != "pinned_host"]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
@@ -70,9 +70,11 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
         "model FLOPs": f"{units.count(run_facts['flops_per_token'] * tokens)} in all, "
         f"{units.count(run_facts['flops_per_token'])} per token",
         "mesh": f"{mesh} on {run_facts['num_devices']} {run_facts['device_kind']} devices",
-        "state": f"{units.size(run_facts['bytes_per_device'])} per device (float32 weights, {config.optim.name} state)",
+        "state": f"{units.size(run_facts['bytes_per_device'])} per device (float32 weights, {config.optim.name} state"
+        f"{'' if config.optim.state_dtype == 'float32' else ' in ' + config.optim.state_dtype}"
+        f"{' on the host' if config.optim.state_on_host else ''})",
         "held-out": _missing_heldout(source, train.seq_len),
-        "precision": f"{config.model.dtype} compute, float32 weights, optimizer and loss",
+        "precision": f"{config.model.dtype} compute, float32 weights, updates and loss",
     }
     loop.progress.note(summary_table(rows))
     loop.progress.note("compiling the step; the first one takes a while")

@@ -41,7 +41,7 @@ class StepFunction:
     def __init__(self, function: Callable[[int], HostBatch], config: Config):
         self._function = function
         self._shape = (config.train.batch_size, config.train.seq_len)
-        self._vocab_size = config.model.vocab_size
+        self._vocab_size, self._packed = config.model.vocab_size, config.data.segment_mask
 
     def batches(self, first_step: int, start: int, stop: int) -> Iterator[HostBatch]:
         """As DataSource.batches.
@@ -70,6 +70,8 @@ class StepFunction:
         where = f"the data function's batch of step {step}"
         if not {"tokens", "targets"} <= set(rows) <= set(BATCH):
             raise ValueError(f"{where} has {sorted(rows)}; it needs tokens and targets, and may have {sorted(default)}")
+        if "segments" in rows and not self._packed:
+            raise ValueError(f"{where} has segments, but data.segment_mask=false says that every row is one document")
         for key, value in rows.items():
             if np.shape(value) != self._shape:
                 raise ValueError(

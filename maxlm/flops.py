@@ -77,10 +77,15 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     weights += (model.num_layers - moe_layers) * _mlp_weights(model, model.d_ff)
     weights += moe_layers * visited * _mlp_weights(model, model.expert_width)
     weights += moe_layers * model.d_model * (model.num_experts or 0)  # the router
+    return 6 * weights + attention_flops_per_token(model, seq_len)
+
+
+def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """The part of train_flops_per_token that is no product with weights. Args and returns as there."""
     repeats = model.num_layers // len(model.layer_pattern)
     keys = repeats * sum(_mean_keys(model, kind, seq_len) for kind in model.layer_pattern)
     # q @ k and probabilities @ v: each a multiply-add per head, feature and key
-    return 6 * weights + 6 * 2 * model.num_heads * model.head_size * keys
+    return 6 * 2 * model.num_heads * model.head_size * keys
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:

@@ -27,6 +27,8 @@ class Chip:
         interconnect_bytes_per_s: chip-to-chip bandwidth over all links, both directions together, in bytes/s.
         watts: maximum power of the chip, in W; None where it is not published.
         sources: where the numbers come from.
+        flops_per_cycle: bf16 FLOPs of a TPU's matrix units in a cycle of the TPU compiler's estimates; None where
+            it gives none.
         cores: cores per chip, where JAX may show them as devices of their own; see detect.
         share: part of the chip that these figures are for; 1 for the catalog's entries.
     """
@@ -41,6 +43,7 @@ class Chip:
     interconnect_bytes_per_s: float
     watts: float | None
     sources: str
+    flops_per_cycle: int | None = None
     cores: int = 1
     share: float = 1.0
 
@@ -73,6 +76,7 @@ CHIPS: tuple[Chip, ...] = (
         watts=192,
         sources=f"{_CLOUD}v4 (FLOP/s, HBM, 192 W maximum); links: 6 x 45 GB/s each way, jax-ml.github.io/scaling-book",
         cores=2,
+        flops_per_cycle=2**18,
     ),
     Chip(
         name="TPU v5e",
@@ -86,6 +90,7 @@ CHIPS: tuple[Chip, ...] = (
         watts=None,
         sources=f"{_CLOUD}v5e (which rounds the links to 400 GB/s); HBM rate: jax tpu_info; links: 4 x 45 GB/s each "
         f"way, jax-ml.github.io/scaling-book; {_TPU_POWER}",
+        flops_per_cycle=2**17,
     ),
     Chip(
         name="TPU v5p",
@@ -99,6 +104,7 @@ CHIPS: tuple[Chip, ...] = (
         watts=None,
         sources=f"{_CLOUD}v5p (jax tpu_info has 2460 GB/s of HBM); int8: jax tpu_info; {_TPU_POWER}",
         cores=2,
+        flops_per_cycle=2**18,
     ),
     Chip(
         name="TPU v6e",
@@ -111,6 +117,7 @@ CHIPS: tuple[Chip, ...] = (
         interconnect_bytes_per_s=800e9,
         watts=None,
         sources=f"{_CLOUD}v6e; {_TPU_POWER}",
+        flops_per_cycle=2**19,
     ),
     Chip(
         name="TPU7x",
@@ -232,6 +239,7 @@ def detect(device: Any) -> Chip | None:
         hbm_bytes_per_s=chip.hbm_bytes_per_s * share,
         interconnect_bytes_per_s=chip.interconnect_bytes_per_s * share,
         watts=_scaled(chip.watts, share),
+        flops_per_cycle=chip.flops_per_cycle and int(chip.flops_per_cycle * share),
     )
 
 

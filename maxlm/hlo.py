@@ -158,6 +158,16 @@ def operations(text: str) -> list[Operation]:
     return found
 
 
+def sources(text: str) -> dict[str, str]:
+    """Where the model asks for each operation of a program (op_name), by the operation's name."""
+    found = {}
+    for line in text.splitlines():
+        match, source = _OPERATION.match(line.strip()), re.search(r'op_name="([^"]*)"', line)
+        if match and source:
+            found[match[1]] = source[1]
+    return found
+
+
 def _result_shapes(lines: list[str]) -> dict[str, tuple[int, ...]]:
     found = {}
     for line in lines:

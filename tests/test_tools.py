@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from maxlm.kernels.splash_blocks import Mask, choose
+
 ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.long
@@ -43,6 +45,12 @@ def test_bench_start(tmp_path):
     assert result["times_s"]["first"][0] > result["times_s"]["second"][0] > 0
 
 
+def test_bench_cpu():
+    result = figures("tools/bench_cpu.py", "--rounds", "1", "--steps", "1")
+    assert result["loss_difference"] < 2e-3, "both compute the same model"
+    assert result["ratio"] > 0
+
+
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
 def test_bench_aot():
@@ -51,3 +59,19 @@ def test_bench_aot():
     assert result["num_pallas_calls"] == 2 * 4, "splash forward, forward again and two of its backward, for two layers"
     assert result["over_roofline"] > 1
     assert 0.9 < result["wire_over_least"] < 1.5
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_splash_blocks():
+    """The compiler schedules what the table says it does."""
+    blocks = choose("TPU v5e", 128, "fwd", Mask(8192, 8192))
+    command = [sys.executable, "tools/splash_blocks.py", "--chip", "v5e", "--head-size", "128"]
+    done = subprocess.run(
+        [*command, "--blocks", ",".join(map(str, blocks))], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    table = (ROOT / "maxlm/kernels/splash_blocks.csv").read_text().splitlines()
+    rows = [row.split(",") for row in done.stdout.splitlines()]
+    assert [row[2] for row in rows] == ["fwd", "dq", "dkv"]
+    (want,) = (row.split(",") for row in table if row.startswith(",".join(rows[0][:6]) + ","))
+    assert abs(int(rows[0][6]) / int(want[6]) - 1) < 0.1

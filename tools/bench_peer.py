@@ -1,16 +1,18 @@
-"""Training throughput on this CPU: maxlm against Hugging Face transformers' Llama in torch, same model, same run.
+"""Training throughput on this CPU or GPU: maxlm against Hugging Face transformers' Llama in torch, in the same run.
 
-Both train the same Llama in float32 from the same weights on the same random tokens, with AdamW (torch's is the fused
-one), clipping, and the same cores. Each lives in a process of its own that sleeps while another one measures; they take
-turns, and medians count. What other programs took of the cores meanwhile is printed: above some percent the times of a
-step are theirs too, and torch's threads, which wait for one another, lose more than maxlm's. Then trust CPU seconds and
---cores 1. Before any timing the losses of the first step are compared: they have to agree to 1e-4, and
-exit code 1 says that they do not. Torch's attention is measured twice, eager and fused (sdpa); the faster one is what
+Both train the same Llama, in float32 or (--dtype bfloat16) with bfloat16 products on float32 weights, from the same
+weights on the same random tokens, with AdamW (torch's is the fused one), clipping, and the same cores. Each lives in a
+process of its own that sleeps while another one measures; they take turns, and medians count. What other programs took
+of the cores meanwhile is printed: above some percent the times of a step are theirs too, and torch's threads, which
+wait for one another, lose more than maxlm's. Then trust CPU seconds and --cores 1. Before any timing the losses of the
+first step are compared: they have to agree to 1e-4 (1e-2 in bfloat16), and exit code 1 says that they do not.
+Torch's attention is measured twice, eager and fused (sdpa); the faster one is what
 maxlm is compared with. Needs torch and transformers: pip install 'maxlm[oracles]'.
 
     python tools/bench_peer.py                                    # 17 M parameters, some minutes on two cores
     python tools/bench_peer.py --layers 2 --rounds 2 --steps 2    # a short form
     python tools/bench_peer.py --cores 1 --set train.remat=full --torch-compile
+    python tools/bench_peer.py --gpu                              # 1.2 B parameters on one GPU, against torch.compile
 """
 
 import argparse
@@ -27,7 +29,20 @@ from typing import Any
 
 import numpy as np
 
-MAX_DIFFERENCE = 1e-4  # of the first losses, relative
+MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first losses, relative
+GPU_SIZES = {
+    "vocab": 128256,
+    "layers": 16,
+    "width": 2048,
+    "ff": 8192,
+    "heads": 32,
+    "kv_heads": 8,
+    "seq_len": 2048,
+    "batch": 8,
+    "warmup": 4,
+    "steps": 10,
+    "rounds": 3,
+}
 BETAS, EPS, DECAY, LEARNING_RATE, CLIP = (0.9, 0.95), 1e-8, 0.1, 1e-3, 1.0
 NORM_EPS, ROPE_THETA = 1e-5, 10_000.0
 TrainStep = Callable[[np.ndarray], float]
@@ -37,6 +52,7 @@ TrainStep = Callable[[np.ndarray], float]
 def main() -> int:
     """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu, sizes = "--gpu" in sys.argv, {}
     for name, default, what in (
         ("vocab", 8192, "ids of the vocabulary"),
         ("layers", 6, "transformer blocks"),
@@ -51,7 +67,11 @@ def main() -> int:
         ("rounds", 5, "turns of each"),
         ("cores", len(os.sched_getaffinity(0)), "cores to use"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
+        sizes[name] = GPU_SIZES.get(name.replace("-", "_"), default) if on_gpu else default
+        parser.add_argument(f"--{name}", type=int, default=sizes[name], help=f"{what} ({sizes[name]})")
+    parser.add_argument("--gpu", action="store_true", help="on one GPU, in bfloat16, with Llama 3.2 1B's sizes")
+    dtype = "bfloat16" if on_gpu else "float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help=f"of products ({dtype})")
     parser.add_argument(
         "--set", nargs="*", default=["train.remat=none"], help="fields of maxlm's config (train.remat=none)"
     )
@@ -64,7 +84,7 @@ def main() -> int:
         return _work(args)
     result = _measure(args)
     print(json.dumps(result) if args.json else _table(result))
-    return 0 if result["first_loss_difference"] <= MAX_DIFFERENCE else 1
+    return 0 if result["first_loss_difference"] <= MAX_DIFFERENCE[args.dtype] else 1
 
 
 # ---- the process that compares
@@ -72,6 +92,7 @@ def main() -> int:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     names = ["maxlm", "torch-eager", "torch-sdpa"] + ["torch-compile"] * args.torch_compile
+    names = ["maxlm", "torch-sdpa", "torch-compile"] if args.gpu else names
     load, busy, used, wall = os.getloadavg()[0], 0.0, 0.0, 0.0
     cpu_times: dict[str, list[float]] = {name: [] for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -83,7 +104,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             losses = {name: worker.steps(0, 1)["losses"] for name, worker in workers.items()}
             firsts = [values[0] for values in losses.values()]
             difference = (max(firsts) - min(firsts)) / min(firsts)
-            turns = args.rounds if difference <= MAX_DIFFERENCE else 0
+            turns = args.rounds if difference <= MAX_DIFFERENCE[args.dtype] else 0
             starts = [1 + args.warmup + turn * args.steps for turn in range(turns)]
             for first, count in [(1, args.warmup), *((start, args.steps) for start in starts)]:
                 for name, worker in workers.items():
@@ -102,6 +123,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     result = about | {
         "cpu": _cpu_name(),
         "cores": args.cores,
+        "dtype": args.dtype,
         "load_average_before": round(load, 2),
         "tokens_per_step": args.batch * args.seq_len,
         "num_steps": len(losses["maxlm"]),
@@ -136,7 +158,11 @@ class _Worker:
 
     def __init__(self, name: str, weights: str):
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--weights", weights]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        if "--gpu" in sys.argv:
+            env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share its memory
+        else:
+            env |= {"JAX_PLATFORMS": "cpu"}
         self._name = name
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -191,7 +217,7 @@ def _table(result: dict[str, Any]) -> str:
         f"{result['last_loss_difference']:.1e} at step {result['num_steps']} (relative)",
     ]
     if "median_step_s" not in result:
-        return "\n".join([*lines, f"not measured: the first losses have to agree to {MAX_DIFFERENCE:.0e}"])
+        return "\n".join([*lines, f"not measured: the first losses have to agree to {MAX_DIFFERENCE[result['dtype']]}"])
     lines.append(f"other programs took {result['share_of_other_programs']:.0%} of the machine")
     lines += ["", f"{'':14}{'tokens/s':>10}{'GFLOP/s':>10}{'step':>10}{'CPU':>10}   fastest to slowest step"]
     for name, times in result["times_s"].items():
@@ -199,6 +225,10 @@ def _table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:14}{rate:10.0f}{rate * result['flops_per_token'] / 1e9:10.0f}{step:8.3f} s{cpu:8.3f} s"
             f"   {min(times):.3f} to {max(times):.3f} s"
+        )
+    if result.get("peak_flops"):
+        lines.append(
+            f"MFU of maxlm {result['tokens_per_s']['maxlm'] * result['flops_per_token'] / result['peak_flops']:.1%}"
         )
     ratio, in_cpu_s = result["ratio_to_fastest_peer"], result["ratio_in_cpu_s"]
     sentence = f"maxlm is {ratio:.2f} times as fast as {result['fastest_peer']}; by CPU seconds, {in_cpu_s:.2f} times"
@@ -232,6 +262,7 @@ def _maxlm(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
     from maxlm.config import MeshConfig
     from maxlm.config_file import load_config
     from maxlm.flops import num_params, train_flops_per_token
+    from maxlm.hardware import detect
     from maxlm.mesh import make_mesh
     from maxlm.step import build_program
 
@@ -262,7 +293,9 @@ def _maxlm(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
             jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    about = {"jax": jax.__version__, "num_params": num_params(config.model)["total"], "set": args.set}
+    chip = detect(jax.devices()[0])
+    about = {"peak_flops": chip.peak(args.dtype) if chip else None, "device": jax.devices()[0].device_kind}
+    about |= {"jax": jax.__version__, "num_params": num_params(config.model)["total"], "set": args.set}
     return about | {"flops_per_token": train_flops_per_token(config.model, args.seq_len)}, step
 
 
@@ -278,7 +311,7 @@ def _config_tree(args: argparse.Namespace) -> dict[str, Any]:
         "num_kv_heads": args.kv_heads,
         "norm_eps": NORM_EPS,
         "rope_theta": ROPE_THETA,
-        "dtype": "float32",
+        "dtype": args.dtype,
     }
     optim = {
         "learning_rate": LEARNING_RATE,
@@ -315,6 +348,7 @@ def _torch(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
     import transformers
 
     torch.set_num_threads(args.cores)
+    device = "cuda" if args.gpu else "cpu"
     config = transformers.LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.width,
@@ -329,7 +363,7 @@ def _torch(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
         use_cache=False,
         tie_word_embeddings=False,
     )
-    model: Any = transformers.LlamaForCausalLM(config).train()
+    model: Any = transformers.LlamaForCausalLM(config).train().to(device)
     while not os.path.exists(args.weights):
         time.sleep(0.1)
     with np.load(args.weights) as weights:
@@ -341,8 +375,9 @@ def _torch(args: argparse.Namespace) -> tuple[dict[str, Any], TrainStep]:
     forward = torch.compile(model) if args.worker == "torch-compile" else model
 
     def step(tokens: np.ndarray) -> float:
-        ids = torch.from_numpy(tokens.astype(np.int64))
-        logits = forward(input_ids=ids[:, :-1]).logits
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = forward(input_ids=ids[:, :-1]).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
