@@ -171,7 +171,9 @@ def _profiled(compiled: Any, state: State, batch: Batch, folder: str) -> list[tu
         raise RuntimeError(f"the profiler has written no trace into {folder}")
     sources = hlo.sources(compiled.as_text())
     found = [(name, seconds) for name, seconds in _events(newest) if name in sources]
-    return [(sources[name], seconds / PROFILED_STEPS) for name, seconds in found if name.partition(".")[0] not in AROUND]
+    return [
+        (sources[name], seconds / PROFILED_STEPS) for name, seconds in found if name.partition(".")[0] not in AROUND
+    ]
 
 
 def _events(trace: Path) -> Iterator[tuple[str, float]]:

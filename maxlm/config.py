@@ -20,6 +20,7 @@ from maxlm.config_model import (
     Section,
     divisor_at_most,
 )
+from maxlm.config_quant import QuantConfig
 
 
 class RunConfig(Section):
@@ -310,6 +311,7 @@ class Config(Section):
     mesh: MeshConfig = Field(MeshConfig(), description="Devices per mesh axis.")
     data: DataConfig = Field(description="Token stores.")
     train: TrainConfig = Field(description="Length and batch.")
+    quant: QuantConfig = Field(QuantConfig(), description="Types of products.")
     optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
     eval: EvalConfig = Field(EvalConfig(), description="Held-out evaluation.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saves.")

@@ -1,7 +1,7 @@
 """What a step minimizes and reports: next-token cross entropy in float32, z-loss, losses of routers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import jax
@@ -75,18 +75,20 @@ class Objective:
         model: says what routers weigh.
         z_loss: weight of log(Z)**2 (PaLM, arXiv:2204.02311, section 5).
         token_loss: loss of every token; None is cross entropy with z_loss.
+        reports: shapes of what layers report besides, by name.
     """
 
     model: ModelConfig
     z_loss: float
     token_loss: TokenLoss | None
+    reports: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         """The sums; "objective" is one where it is not "loss", the cross entropy."""
         other = self.token_loss is not None or bool(self.z_loss or self.model.aux_loss or self.model.router_z_loss)
         of_routers = (*ROUTER_METRICS, "dropped_tokens") if self.model.num_experts else ()
-        return ["loss", "targets", *of_routers] + ["objective"] * other
+        return ["loss", "targets", *of_routers, *self.reports] + ["objective"] * other
 
     def of_tokens(self, head: Head, rows: Batch) -> tuple[jax.Array, Sums]:
         """The objective of tokens, and its sums."""
@@ -100,20 +102,21 @@ class Objective:
         sums = {"loss": (loss_BT * mask).sum(), "targets": mask.sum(), "objective": (objective_BT * mask).sum()}
         return sums["objective"], {name: x for name, x in sums.items() if name in self.names}
 
-    def of_routers(self, aux: Sums, num_targets: jax.Array) -> Sums:
-        """What routers report about a microbatch, counted as if each of its targets had it.
+    def of_layers(self, aux: Sums, num_targets: jax.Array) -> Sums:
+        """What layers report about a microbatch, counted as if each of its targets had it.
 
         So the mean over targets weighs the losses of routers, like those of tokens, by targets.
 
         Args:
-            aux: sums over layers, from the model; none of a dense one.
+            aux: sums over layers, from the model.
             num_targets: of the microbatch, on all devices.
         """
-        if not aux:
-            return {}
+        reports = {name: aux[name] * num_targets for name in self.reports if name in aux}
+        if "balance_loss" not in aux:
+            return reports
         model = self.model
         metrics = {name: aux[name] * num_targets / model.num_expert_layers for name in ROUTER_METRICS}
         loss = model.aux_loss * aux["balance_loss"] + model.router_z_loss * aux["router_z_loss"]
         if model.router_bias_rate:
             loss += aux["router_bias"]  # always 0, with the load errors as its gradient
-        return {**metrics, "dropped_tokens": aux["dropped_tokens"], "objective": num_targets * loss}
+        return {**reports, **metrics, "dropped_tokens": aux["dropped_tokens"], "objective": num_targets * loss}

@@ -27,6 +27,9 @@ from maxlm.parallel.attention import sharded_attention, zigzag_order
 from maxlm.parallel.expert import dispatch_experts
 from maxlm.parallel.head import Options as HeadOptions
 from maxlm.parallel.head import head_cross_entropy
+from maxlm.parallel.quantized import ErrorReport, use_weight
+from maxlm.quant import Recipe
+from maxlm.quant_rules import QUANT_ERROR, head_recipe
 from maxlm.sharding import (
     compute_spec,
     constrain,
@@ -94,7 +97,8 @@ class Passes:
 
     def drop(self, rows: Batch) -> Drop:
         """Dropout of these tokens, if there is any in this pass."""
-        return partial(dropout, self.config.train.dropout, rows["noise"]) if "noise" in rows else keep_all
+        rate = self.config.train.dropout
+        return partial(dropout, rate, rows["noise"]) if rate and "noise" in rows else keep_all
 
     def ops(self, rows: Batch) -> Ops:
         """What layers are given, for these tokens."""
@@ -115,15 +119,19 @@ class Passes:
         dispatch = mesh.expert_dispatch
         if dispatch == "auto":
             dispatch = "exchange" if on_tpu else "gather"
-        return Ops(kernel, partial(dispatch_experts, dispatch, mesh.capacity_factor), self.drop(rows))
+        experts = partial(dispatch_experts, dispatch, mesh.capacity_factor)
+        errors = ErrorReport(*self.objective.reports.get(QUANT_ERROR, (0, 0)))
+        weight = partial(use_weight, rows.get("noise"), errors.tell)
+        return Ops(kernel, experts, self.drop(rows), weight, errors.take)
 
-    def head(self, model: Transformer, x_BTD: jax.Array) -> "ModelHead":
+    def head(self, model: Transformer, x_BTD: jax.Array, rows: Batch) -> "ModelHead":
         """The end of the model, for these tokens."""
         parts = self.config.train.logit_parts
         if parts is None:
             logits = math.prod(x_BTD.shape[:-1]) * self.config.model.padded_vocab // num_shards("BTV")
             parts = max(1, -(-logits // PART_LOGITS))
-        return ModelHead(model, x_BTD, parts)
+        recipe = head_recipe(self.config.quant, self.mesh.devices.flat[0])
+        return ModelHead(model, x_BTD, parts, recipe, rows.get("noise"))
 
 
 @dataclass(frozen=True)
@@ -134,11 +142,15 @@ class ModelHead:
         model: with its weights.
         x_BTD: what leaves the layers.
         num_parts: parts of the vocabulary whose logits are in memory at a time; 1 keeps all of them.
+        recipe: of the projection in cross_entropy, where it is quantized.
+        words_BT: uint32, a random word per token; None rounds its gradients to the nearest.
     """
 
     model: Transformer
     x_BTD: jax.Array
     num_parts: int
+    recipe: Recipe | None = None
+    words_BT: jax.Array | None = None
 
     def logits(self) -> jax.Array:
         """float32 [B, T, V]."""
@@ -146,11 +158,12 @@ class ModelHead:
 
     def cross_entropy(self, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Loss and log(Z), float32 [B, T]."""
-        if self.num_parts == 1:
+        if self.num_parts == 1 and self.recipe is None:
             return cross_entropy(self.logits(), targets_BT)
         config, (weight, dims) = self.model.config, self.model.projection
-        options = HeadOptions(dims, config.vocab_size, config.logit_softcap, self.num_parts, self.x_BTD.dtype)
-        return head_cross_entropy(options, self.model.normed(self.x_BTD), weight, targets_BT)
+        cap, dtype = config.logit_softcap, self.x_BTD.dtype
+        options = HeadOptions(dims, config.vocab_size, cap, self.num_parts, dtype, self.recipe)
+        return head_cross_entropy(options, self.model.normed(self.x_BTD), weight, targets_BT, self.words_BT)
 
 
 class PlainPasses(Passes):
@@ -189,7 +202,7 @@ class PlainPasses(Passes):
             (_, sums), (d_outer, totals) = value_and_grad(outer, slots, None, jax.tree.map(lambda x: x[0], batch))
             d_outer = jax.tree.map(lambda g: g.astype(jnp.float32), d_outer)
         else:
-            zeros = {name: jnp.zeros(()) for name in self.objective.names}
+            zeros = {name: jnp.zeros(self.objective.reports.get(name, ())) for name in self.objective.names}
             in_float32 = partial(zeros_like_gradient, dtype=jnp.float32)
             start = (jax.tree.map(zeros_like_gradient, slots), jax.tree.map(in_float32, outer), zeros)
             (totals, d_outer, sums), _ = jax.lax.scan(microbatch, start, batch)
@@ -229,9 +242,10 @@ class PlainPasses(Passes):
         head, aux = self._run(params, rows)
         with jax.named_scope("head"):
             objective, sums = self.objective.of_tokens(head, rows)
-        if of_routers := self.objective.of_routers(aux, sums["targets"]):
-            objective += of_routers["objective"]
-            sums |= {**of_routers, "objective": objective}
+        of_layers = self.objective.of_layers(aux, sums["targets"])
+        if "objective" in of_layers:
+            objective += of_layers["objective"]
+        sums |= {**of_layers, "objective": objective}
         return objective, {name: sums[name] for name in self.objective.names}
 
     def _run(self, params: Any, rows: Batch) -> tuple[ModelHead, Aux]:
@@ -241,4 +255,4 @@ class PlainPasses(Passes):
         stack = partial(run_layers, ops=ops, remat=train.remat, per_scan=train.repeats_per_scan)
         model: Transformer = nnx.merge(self.graph, params)
         x_BTD, aux = model(rows["tokens"], rows["positions"], rows["segments"], stack, ops.drop)
-        return self.head(model, x_BTD), aux
+        return self.head(model, x_BTD, rows), aux

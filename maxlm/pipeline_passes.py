@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.loss import Batch, Sums
-from maxlm.model.stack import run_repeat
+from maxlm.model.param import dims_of
+from maxlm.model.stack import run_repeat, use_weights
 from maxlm.model.transformer import Transformer
 from maxlm.parallel.lead import Block
 from maxlm.parallel.pipeline import Pipeline
@@ -86,7 +87,7 @@ class PipelinePasses(Passes):
         mesh, model, whole = self.config.mesh, self.config.model, self._model({})
 
         def head(weights: Any, x_BTD: jax.Array, rows: Batch) -> tuple[jax.Array, Sums]:
-            return self.objective.of_tokens(self.head(self._model(weights), x_BTD), rows)
+            return self.objective.of_tokens(self.head(self._model(weights), x_BTD, rows), rows)
 
         return Pipeline(
             self._schedule(mesh.pipeline, self.config.train.grad_accum),
@@ -103,8 +104,10 @@ class PipelinePasses(Passes):
 
         def block(weights: Any, x_BTD: jax.Array, rows: Batch, number: jax.Array) -> tuple[jax.Array, Sums]:
             where = rows["positions"], rows["segments"], first + length * number
-            x_BTD, aux = run_repeat(graph, weights[name], x_BTD, *where, self.ops(rows))
-            return x_BTD, self.objective.of_routers(aux, rows["num_targets"])
+            ops, (_, state) = self.ops(rows), nnx.split(nnx.merge(graph, weights[name]))
+            state = use_weights(state, dims_of(state), x_BTD.dtype, where[-1], ops.weight)
+            x_BTD, aux = run_repeat(graph, state, x_BTD, *where, ops)
+            return x_BTD, self.objective.of_layers(aux, rows["num_targets"])
 
         return block
 

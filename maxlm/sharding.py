@@ -137,7 +137,12 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
 
 
 def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
-    """jnp.einsum whose letters are also the output's sharding, so a contracted sharded dim names its all-reduce."""
+    """jnp.einsum whose letters are also the output's sharding, so a contracted sharded dim names its all-reduce.
+
+    A weight that is no array but has an einsum of its own (parallel/quantized.py) comes last, and is asked.
+    """
+    if hasattr(operands[-1], "einsum"):
+        return operands[-1].einsum(subscripts, *operands[:-1], **options)
     return jnp.einsum(subscripts, *operands, out_sharding=compute_spec(subscripts.split("->")[1]), **options)
 
 

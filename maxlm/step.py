@@ -24,6 +24,7 @@ from maxlm.model.stack import LEADING_DIMS
 from maxlm.model.transformer import Transformer
 from maxlm.passes import PlainPasses
 from maxlm.pipeline_passes import PipelinePasses
+from maxlm.quant_rules import QUANT_ERROR, error_metrics, set_recipes
 from maxlm.restack import Stack
 from maxlm.schedule import make_schedule
 from maxlm.sharding import compute_spec, param_spec, update_spec
@@ -44,6 +45,7 @@ class Program:
         dims: dimension letters of every parameter, as the tree of parameters; stacked layers lead with theirs.
         optimizer: the optax chain.
         stack_shape: leading dims (R, P, K) of the layers' parameters in a pipeline; None without one.
+        quantized: names of weights whose activations are rounded to int8, which metrics tell errors of.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Program:
     dims: Any
     optimizer: optax.GradientTransformation
     stack_shape: tuple[int, ...] | None
+    quantized: tuple[str, ...] = ()
 
     # ---- shapes and places
 
@@ -185,11 +188,12 @@ class Program:
 
     def _sums(self, params: Any, batch: Batch, step: jax.typing.ArrayLike) -> tuple[Any, Sums]:
         """Gradients of the sum over all targets, in the type they are kept in, and metrics."""
-        if self.config.train.dropout:
+        if self.config.train.dropout or self.config.quant.stochastic:
             batch = {**batch, "noise": self._noise(batch["tokens"].shape, step)}
         grads, sums = self.passes.grads(params, batch)
         mean = partial(_mean, sums["targets"])
-        return self._for_update(grads), {name: x if name in COUNTS else mean(x) for name, x in sums.items()}
+        metrics = {name: x if name in COUNTS else mean(x) for name, x in sums.items()}
+        return self._for_update(grads), error_metrics(metrics, self.quantized)
 
     def _noise(self, shape: tuple[int, ...], step: jax.typing.ArrayLike) -> jax.Array:
         """A random word for each token [M, B, T] of a step, the same however it is cut into microbatches."""
@@ -218,6 +222,7 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
         shape = (rounds, stages, -(-config.model.num_repeats // (stages * rounds)))
     with jax.set_mesh(mesh):
         model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model, shape))
+    quantized = set_recipes(model, config.quant, mesh.devices.flat[0])
     graph, state = nnx.split(model)
     own, shapes = nnx.to_pure_dict(dims_of(state)), nnx.to_pure_dict(state)
     dims = jax.tree.map(lambda d, s: LEADING_DIMS[len(s.shape) - len(d)] + d, own, shapes)
@@ -225,6 +230,7 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     optimizer = optim.make_optimizer(
         config.optim, config.train.num_steps, dims, model.router_bias_rate, model.num_repeats
     )
-    objective = Objective(model, config.train.z_loss, token_loss)
+    reports: dict[str, tuple[int, ...]] = {QUANT_ERROR: (model.num_layers, len(quantized))} if quantized else {}
+    objective = Objective(model, config.train.z_loss, token_loss, reports)
     passes = (PlainPasses if stages == 1 else PipelinePasses)(config, mesh, graph, shapes, dims, objective)
-    return Program(config, mesh, passes, dims, optimizer, shape)
+    return Program(config, mesh, passes, dims, optimizer, shape, tuple(quantized))

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "maxlm"
 # Parts of maxlm (maxlm/<part>.py or maxlm/<part>/) that a part may import besides itself. The attention kernel, the
 # layer stack, the expert dispatch and the matmul are passed to the model; sharding is its single way down.
 MAY_IMPORT = {
-    "config": {"config_file", "config_model"},
+    "config": {"config_file", "config_model", "config_quant"},
     "config_model": set(),
+    "config_quant": {"config_model"},
     "sharding": {"config"},
-    "kernels": {"sharding"},
+    "kernels": {"quant", "sharding"},
     "model": {"config", "sharding"},
     "data": {"config", "config_file", "sharding", "storage"},
     "hardware": {"config", "config_file"},

@@ -8,22 +8,28 @@ References:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from maxlm.kernels.grouped import Way, grouped_product
 from maxlm.kernels.grouped_outer import grouped_outer
+from maxlm.kernels.grouped_rounded import RoundedExperts
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of E experts: up and (for gated MLPs, else None) gate [E, D, F], down [E, F, D]."""
+    """Weights of E experts: up and (for gated MLPs, else None) gate [E, D, F], down [E, F, D].
 
-    up: jax.Array
-    gate: jax.Array | None
-    down: jax.Array
+    Each is an array, or RoundedExperts.
+    """
+
+    up: Any
+    gate: Any
+    down: Any
 
 
 def grouped_mlp(
@@ -78,25 +84,21 @@ def _mix(act: Activation, sizes_E: jax.Array, scale_C: jax.Array, hidden: list[j
     return jnp.where(live, mixed * scale_C[:, None], 0.0).astype(hidden[0].dtype)
 
 
-# ---- grouped products: the rows of group e meet matrix e. Sums are float32 inside the kernels; results leave them in
-# the compute dtype, since a float32 copy of so many rows would cost more memory than all else here.
+# ---- grouped products; a matrix of experts that is no array does its own (grouped_rounded.py)
 
 
-def _product(
-    a: jax.Array, b: jax.Array, sizes_E: jax.Array, contract: tuple[int, int], groups: tuple[int, ...]
-) -> jax.Array:
-    numbers = jax.lax.RaggedDotDimensionNumbers(((contract[:1], contract[1:]), ((), ())), (0,), groups)
-    return jax.lax.ragged_dot_general(a, b, sizes_E, numbers)
+def _forward(rows_CD: jax.Array, w_EDF: Any, sizes_E: jax.Array) -> jax.Array:
+    if isinstance(w_EDF, RoundedExperts):
+        return w_EDF.forward(rows_CD, sizes_E)
+    return grouped_product(rows_CD, w_EDF, sizes_E, Way.FORWARD)
 
 
-def _forward(rows_CD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _product(rows_CD, w_EDF, sizes_E, (1, 1), (0,))
-
-
-def _transposed(d_CF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _product(d_CF, w_EDF, sizes_E, (1, 2), (0,))
+def _transposed(d_CF: jax.Array, w_EDF: Any, sizes_E: jax.Array) -> jax.Array:
+    if isinstance(w_EDF, RoundedExperts):
+        return w_EDF.transposed(d_CF, sizes_E)
+    return grouped_product(d_CF, w_EDF, sizes_E, Way.TRANSPOSED)
 
 
 def _outer(rows_CD: jax.Array, d_CF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    plain = lambda a, b, sizes: _product(a, b, sizes, (0, 0), ())  # noqa: E731
+    plain = partial(grouped_product, way=Way.OUTER)
     return jax.lax.platform_dependent(rows_CD, d_CF, sizes_E, tpu=grouped_outer, default=plain)

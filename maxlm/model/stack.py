@@ -39,8 +39,18 @@ REMAT_POLICIES = {
     ),
 }
 
+UseWeight = Callable[[nnx.Variable, str, Any, jax.Array | int], Any]
+"""(a layer's float32 weight as sharding.enter_step left it, its dimension letters, compute dtype, number of the layer)
+-> what the layer multiplies by: the weight in that dtype and whole over fsdp, or what has an einsum of its own."""
+
 LEADING_DIMS = {0: "", 1: "L", 3: "RPL"}
 """Dimension letters that stacked parameters have before their own, by their number."""
+
+
+def gather_weight(variable: nnx.Variable, dims: str, dtype: Any, number: jax.Array | int = 0) -> jax.Array:
+    """A UseWeight: cast to the compute dtype, whole over fsdp."""
+    del number
+    return gather(variable[...], dims, dtype)
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,15 @@ class Ops:
         kernel: attention kernel.
         dispatch: brings tokens to experts.
         drop: dropout of what is added to the residual stream.
+        weight: brings a weight into use.
+        report: what is to be reported of a repeat that has run, beside what its blocks report.
     """
 
     kernel: AttentionKernel
     dispatch: Dispatch
     drop: Drop = keep_all
+    weight: "UseWeight" = gather_weight
+    report: Callable[[], Aux] = dict
 
 
 class Block(nnx.Module):
@@ -161,7 +175,7 @@ def run_layers(
             stored, slots = collect(totals is not None, stored, slots, place)
         stored = jax.tree.map(lambda w: w if w.dtype == x.dtype else _stay(w, number), stored)
         with jax.named_scope("weights"):
-            weights = gather_weights(stored, dims, x.dtype)
+            weights = use_weights(stored, dims, x.dtype, number, ops.weight)
         x, aux = run_repeat(graphdef, weights, x, positions_BT, segments_BT, number, ops)
         return (x, slots), aux
 
@@ -169,7 +183,7 @@ def run_layers(
     (x_BTD, slots), aux = jax.lax.scan(body, (x_BTD, slots), each)
     if totals is not None:
         x_BTD = begin(x_BTD, slots, totals)
-    return x_BTD, jax.tree.map(lambda values: values.sum(), aux)
+    return x_BTD, jax.tree.map(lambda values: values.sum(0), aux)
 
 
 def _in_iterations(body: Callable[[Any, Any], Any], each: Any, remat: str, count: int) -> tuple[Any, Any]:
@@ -219,18 +233,20 @@ def run_repeat(
     for i in range(len(blocks)):  # not .values(): those are sorted as text, 10 before 2
         x_BTD, aux = blocks[str(i)](x_BTD, positions_BT, segments_BT, first + i, ops)
         reports.append(aux)
-    return x_BTD, jax.tree.map(lambda *values: sum(values[1:], values[0]), *reports)
+    return x_BTD, {**jax.tree.map(lambda *values: sum(values[1:], values[0]), *reports), **ops.report()}
 
 
-def gather_weights(state: Any, dims: Any, dtype: Any) -> Any:
-    """Brings the weights of one repeat into use: cast to the compute dtype, whole over fsdp.
+def use_weights(state: Any, dims: Any, dtype: Any, number: jax.Array | int, use: UseWeight) -> Any:
+    """Brings the weights of one repeat into use.
 
     Args:
         state: float32 weights as sharding.enter_step left them.
         dims: their dimension letters, from dims_of.
         dtype: compute dtype.
+        number: of their first layer.
+        use: does it.
     """
-    return jax.tree.map(lambda v, d: v.replace(gather(v[...], d, dtype)), state, dims, is_leaf=_is_variable)
+    return jax.tree.map(lambda v, d: v.replace(use(v, d, dtype, number)), state, dims, is_leaf=_is_variable)
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ from maxlm.config import ModelConfig
 from maxlm.model.dropout import Drop, keep_all
 from maxlm.model.norm import Norm
 from maxlm.model.param import dims_of, normal
-from maxlm.model.stack import Aux, gather_weights, make_layers
+from maxlm.model.stack import Aux, gather_weight, make_layers, use_weights
 from maxlm.sharding import compute_spec, constrain, einsum, gather
 
 STACKS = ("dense_layers", "layers")
@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         """The residual stream after the last norm."""
         graphdef, state = nnx.split(self.final_norm)
         x_BTD, state = _grads_together((x_BTD, state))
-        return nnx.merge(graphdef, gather_weights(state, dims_of(state), x_BTD.dtype))(x_BTD)
+        return nnx.merge(graphdef, use_weights(state, dims_of(state), x_BTD.dtype, 0, gather_weight))(x_BTD)
 
     @property
     def projection(self) -> tuple[jax.Array, str]:

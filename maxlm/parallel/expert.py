@@ -23,16 +23,25 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.kernels.grouped_mlp import Activation, ExpertWeights, grouped_mlp, grouped_mlp_grads
 from maxlm.parallel.island import island, vary_like
+from maxlm.parallel.quantized_experts import Crossing, unwrap
 from maxlm.sharding import compute_spec, manual_axes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is fixed at compile time: gather or exchange, the capacity factor, the nonlinearity."""
+    """What is fixed at compile time.
+
+    Attributes:
+        kind: gather or exchange.
+        capacity_factor: see dispatch_experts.
+        act: the nonlinearity.
+        crossing: of weights.
+    """
 
     kind: str
     capacity_factor: float | None
     act: Activation
+    crossing: Crossing
 
 
 def dispatch_experts(
@@ -53,30 +62,33 @@ def dispatch_experts(
         chosen_BTA: int32 numbers of each token's experts.
         scale_BTA: float32 weights of those experts.
         weights: up and gate (None where experts are not gated) [E, D, F] and down [E, F, D] of all experts, split over
-            the expert axis and maybe over tensor.
+            the expert axis and maybe over tensor. Of quantized ones, d_weight is always in the compute dtype.
         act: nonlinearity of the experts.
 
     Returns:
         [B, T, D] in x's dtype; and the number of choices that were dropped, a float32 scalar over all devices.
     """
     # a pipeline's stage is manual over the axes that split tokens: there each device differentiates its own copy
-    own = vary_like(ExpertWeights(*weights), x_BTD)
-    return _experts(Options(kind, capacity_factor, act), x_BTD, chosen_BTA, scale_BTA, own)
+    arrays, crossing, words = unwrap(weights)
+    own = vary_like(ExpertWeights(*arrays), x_BTD)
+    return _experts(Options(kind, capacity_factor, act, crossing), x_BTD, chosen_BTA, scale_BTA, own, words)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(
-    options: Options, x: jax.Array, chosen: jax.Array, scale: jax.Array, weights: ExpertWeights
+    options: Options, x: jax.Array, chosen: jax.Array, scale: jax.Array, weights: ExpertWeights, words: Any
 ) -> tuple[jax.Array, jax.Array]:
     forward = lambda *blocks: _forward(options, *blocks)[:2]  # noqa: E731
     return island(forward, (x, chosen, scale, weights), (compute_spec("BTD"), P()))
 
 
-def _experts_fwd(options: Options, x: jax.Array, chosen: jax.Array, scale: jax.Array, weights: ExpertWeights) -> Any:
+def _experts_fwd(
+    options: Options, x: jax.Array, chosen: jax.Array, scale: jax.Array, weights: ExpertWeights, words: Any
+) -> Any:
     rows = compute_spec("C")
     out = (compute_spec("BTD"), P(), (rows, rows, rows, compute_spec("CF")))
     y, dropped, saved = island(partial(_forward, options), (x, chosen, scale, weights), out)
-    return (y, dropped), (chosen, weights, saved)
+    return (y, dropped), (chosen, weights, words, saved)
 
 
 def _experts_bwd(options: Options, saved: Any, cotangents: Any) -> Any:
@@ -84,7 +96,7 @@ def _experts_bwd(options: Options, saved: Any, cotangents: Any) -> Any:
     of_weights = jax.tree.map(lambda s: P(*s.partitions, unreduced=s.reduced), specs)
     out = (compute_spec("BTD"), compute_spec("BTA"), of_weights)
     dx, d_scale, d_weights = island(partial(_backward, options), (*saved, cotangents[0]), out)
-    return dx, None, d_scale, d_weights
+    return dx, None, d_scale, d_weights, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
@@ -101,7 +113,8 @@ def _forward(
     plan, dropped = _plan(options, chosen.reshape(-1, a).T.reshape(-1), weights.down.shape[0])
     rows = plan.send(x.reshape(-1, x.shape[-1]), a)
     row_scale = plan.send(scale.reshape(-1, a).T.reshape(-1), 1)
-    out, hidden = grouped_mlp(options.act, rows, row_scale, plan.sizes, weights)
+    matrices = ExpertWeights(*options.crossing.enter(weights, x.dtype, None))
+    out, hidden = grouped_mlp(options.act, rows, row_scale, plan.sizes, matrices)
     y = _sum_over_tensor(plan.receive(out, a)).reshape(x.shape)
     dropped = dropped.astype(jnp.float32)
     if axes := manual_axes("C"):
@@ -110,12 +123,15 @@ def _forward(
 
 
 def _backward(
-    options: Options, chosen: jax.Array, weights: ExpertWeights, saved: Any, dy: jax.Array
+    options: Options, chosen: jax.Array, weights: ExpertWeights, words: Any, saved: Any, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, ExpertWeights]:
     plan, rows, row_scale, hidden = saved
     row_scale, a = vary_like(row_scale, hidden[0]), chosen.shape[-1]  # its gradient is then a term of a sum
     d_out = plan.send(dy.reshape(-1, dy.shape[-1]), a)
-    d_rows, d_scale, d_weights = grouped_mlp_grads(options.act, rows, row_scale, plan.sizes, weights, hidden, d_out)
+    words_C = None if words is None else plan.send(words.reshape(-1), a)
+    matrices = ExpertWeights(*options.crossing.enter(weights, dy.dtype, words_C))
+    d_rows, d_scale, d_weights = grouped_mlp_grads(options.act, rows, row_scale, plan.sizes, matrices, hidden, d_out)
+    d_weights = ExpertWeights(*options.crossing.leave(d_weights, weights))
     dx = _sum_over_tensor(plan.receive(d_rows, a)).reshape(dy.shape)
     d_scale = _sum_over_tensor(plan.receive(d_scale, 1)).reshape(a, -1).T.reshape(chosen.shape)
     return dx, d_scale, d_weights

@@ -20,6 +20,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from maxlm.parallel.island import island, vary
+from maxlm.parallel.local_products import LocalProducts
+from maxlm.parallel.quantized import hashes
+from maxlm.quant import Product, Recipe
 from maxlm.sharding import compute_spec
 
 LANES = 128
@@ -36,6 +39,7 @@ class Options:
         softcap: bound of the logits.
         num_parts: parts of the vocabulary, at most.
         dtype: of the products.
+        recipe: of the products where they are quantized; None of others.
     """
 
     dims: str
@@ -43,11 +47,12 @@ class Options:
     softcap: float | None
     num_parts: int
     dtype: Any
+    recipe: Recipe | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def head_cross_entropy(
-    options: Options, x_BTD: jax.Array, weight: jax.Array, targets_BT: jax.Array
+    options: Options, x_BTD: jax.Array, weight: jax.Array, targets_BT: jax.Array, words_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy of every token, as loss.cross_entropy gives it of logits.
 
@@ -56,24 +61,25 @@ def head_cross_entropy(
         x_BTD: the residual stream, normed.
         weight: as sharding.enter_step left it, split over fsdp or gathered.
         targets_BT: int32 ids.
+        words_BT: uint32, a random word per token, with which quantized gradients are rounded; None rounds to nearest.
 
     Returns:
         loss in nats and log of the partition function Z, float32 [B, T].
     """
-    return _fwd(options, x_BTD, weight, targets_BT)[0]
+    return _fwd(options, x_BTD, weight, targets_BT, words_BT)[0]
 
 
-def _fwd(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
+def _fwd(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array, words: Any) -> tuple[Any, Any]:
     out = (compute_spec("BT"), compute_spec("BT"))
     loss, log_z = island(partial(_forward, _Cut.of(options, w)), (x, w, targets), out)
-    return (loss, log_z), (x, w, targets, log_z)
+    return (loss, log_z), (x, w, targets, words, log_z)
 
 
 def _bwd(options: Options, saved: Any, cotangents: Any) -> Any:
     w = saved[1]
     spec = jax.typeof(w).sharding.spec
     out = (compute_spec("BTD"), P(*spec.partitions, unreduced=spec.reduced))
-    return *island(partial(_backward, _Cut.of(options, w)), (*saved, *cotangents), out), None
+    return *island(partial(_backward, _Cut.of(options, w)), (*saved, *cotangents), out), None, None
 
 
 head_cross_entropy.defvjp(_fwd, _bwd)
@@ -107,12 +113,14 @@ def _backward(
     x: jax.Array,
     w: jax.Array,
     targets: jax.Array,
+    words: jax.Array | None,
     log_z: jax.Array,
     d_loss: jax.Array,
     d_log_z: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x_nD = x.reshape(-1, x.shape[-1])
     y_n, log_z_n, d_loss_n, d_log_z_n = (a.reshape(-1) for a in (targets, log_z, d_loss, d_log_z))
+    words_n = None if words is None else words.reshape(-1)
 
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         dx, dw = carry
@@ -123,13 +131,18 @@ def _backward(
         )
         if (cap := cut.options.softcap) is not None:
             d *= 1 - jnp.square(jnp.where(ids >= 0, logits, 0.0) / cap)
-        more, d_part = cut.grads(x_nD, d.astype(x.dtype), part)
+        more, d_part = cut.grads(x_nD, d.astype(x.dtype), part, words_n, ids)
         return (dx + more, cut.add(dw, i, d_part)), None
 
-    start = _vary((jnp.zeros(x_nD.shape), jnp.zeros(w.shape)), x, w)
-    (dx, dw), _ = lax.scan(step, start, jnp.arange(cut.num_parts))
+    dx, dw = _vary((jnp.zeros(x_nD.shape), jnp.zeros(w.shape)), x, w)
+    if cut.products is not None:  # whose gradients by x are summed over tensor already
+        others = (jax.typeof(x).mat.varying | jax.typeof(w).mat.varying) - set(cut.tensor)
+        dx = vary(jnp.zeros(x_nD.shape), tuple(others))
+    (dx, dw), _ = lax.scan(step, (dx, dw), jnp.arange(cut.num_parts))
     dx = dx.astype(x.dtype).reshape(x.shape)
-    return lax.psum(dx, cut.tensor) if cut.tensor else dx, dw.astype(w.dtype)
+    if cut.tensor and cut.products is None:
+        dx = lax.psum(dx, cut.tensor)
+    return dx, dw.astype(w.dtype)
 
 
 def _vary(tree: Any, x: jax.Array, w: jax.Array) -> Any:
@@ -163,12 +176,19 @@ class _Cut:
         return cls(options, split["D"], split["V"], -(-own // width), width)
 
     def logits(self, x_nD: jax.Array, w: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """float32 logits [n, c] of a part, its ids [c], -1 for those that do not count, and its weights."""
+        """float32 logits [n, c] of a part, its ids [c], -1 for those that do not count, and its weights.
+
+        The weights are gathered, quantized ones as they are stored.
+        """
         start = self._start(w, i)
-        part = lax.dynamic_slice_in_dim(w, start, self.width, self._dim("V")).astype(self.options.dtype)
-        for axis in reversed(self.fsdp):
-            part = lax.all_gather(part, axis, axis=self._dim("D"), tiled=True)
-        logits = jnp.einsum(f"nD,{self.dims}->nc", x_nD, part, preferred_element_type=jnp.float32)
+        part = lax.dynamic_slice_in_dim(w, start, self.width, self._dim("V"))
+        if self.products is not None:
+            logits, _ = self.products.forward(x_nD, part, jnp.float32)
+        else:
+            part = part.astype(self.options.dtype)
+            for axis in reversed(self.fsdp):
+                part = lax.all_gather(part, axis, axis=self._dim("D"), tiled=True)
+            logits = jnp.einsum(f"nD,{self.dims}->nc", x_nD, part, preferred_element_type=jnp.float32)
         if (cap := self.options.softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         place = start + jnp.arange(self.width)
@@ -176,8 +196,20 @@ class _Cut:
         ids = jnp.where((place >= i * self.width) & (first + place < self.options.vocab_size), first + place, -1)
         return jnp.where(ids[None] >= 0, logits, LOWEST), ids, part
 
-    def grads(self, x_nD: jax.Array, d_nc: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def products(self) -> LocalProducts | None:
+        """Those of a part with quantized weights; gradients by x come summed over tensor."""
+        if self.options.recipe is None:
+            return None
+        return LocalProducts(Product("CD", self.dims, "Cc"), self.options.recipe, self.fsdp, (("c", self.tensor),))
+
+    def grads(
+        self, x_nD: jax.Array, d_nc: jax.Array, part: jax.Array, words_n: jax.Array | None, ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """float32 gradient by x, and gradient by the part's weights, as they are split."""
+        if self.products is not None:
+            columns = None if words_n is None else hashes(ids.astype(jnp.uint32))
+            return self.products.backward(x_nD, part, words_n, columns, d_nc, jnp.float32)
         dx = jnp.einsum(f"nc,{self.dims}->nD", d_nc, part, preferred_element_type=jnp.float32)
         d_part = jnp.einsum(f"nD,nc->{self.dims}", x_nD, d_nc)
         for axis in self.fsdp:

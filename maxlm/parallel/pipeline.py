@@ -142,7 +142,7 @@ class _Stage:
         first = jnp.zeros((), jnp.int32)
         whole = jax.ShapeDtypeStruct(shape, dtype), self._rows_of(first)
         of_blocks = jax.eval_shape(self._block(first, first, first + 1), self._weights(first, first), *whole)[1]
-        sums |= {name: jnp.zeros(()) for name in of_blocks if name not in sums}
+        sums |= {name: _zeros(x) for name, x in of_blocks.items() if name not in sums}
         carry: Carry = {"arriving": jnp.zeros(shape, dtype), "sums": sums}
         if self.train:
             carry["inputs"] = jnp.zeros((self.schedule.num_slots, self.repeats, *shape), dtype)
