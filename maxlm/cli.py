@@ -116,7 +116,8 @@ def _add_bench(commands: Any) -> None:
         "what it sends. With --on nothing runs: the TPU compiler makes the step for that slice and says what it "
         "estimates. Exit code 1 if it does not fit into the chip's memory.",
         epilog="examples:\n  maxlm bench configs/quickstart.yaml\n  maxlm bench configs/1b.yaml --on v5e:2x4 --top 10\n"
-        "  maxlm bench configs/llama3_8b.yaml --on v6e:4x4 train.remat=offload",
+        "  maxlm bench configs/llama3_8b.yaml --on v6e:4x4 train.remat=offload\n"
+        "  maxlm bench configs/llama3_8b.yaml --on v5p:4x4x4 --quant",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_config(bench)
@@ -126,6 +127,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--profile", action="store_true", help="also trace a few steps, to name the costliest places")
     bench.add_argument("--trace", metavar="FOLDER", help="keep that trace here (TensorBoard and xprof read it)")
     bench.add_argument("--top", type=int, default=10, metavar="N", help="how many of those places (10)")
+    bench.add_argument("--quant", action="store_true", help="compare products in bf16, int8 and fp8 (quant.mode)")
     bench.add_argument("--json", action="store_true", help="print one line of JSON")
     bench.set_defaults(run=_bench)
 
@@ -205,9 +207,18 @@ def _bench(args: argparse.Namespace) -> int:
         raise ConfigError("--steps, --warmup and --top are counts from 1")
     if args.on is not None and (args.profile or args.trace):
         raise ConfigError("--on runs nothing that could be traced; leave out --profile and --trace")
+    if args.quant and (args.profile or args.trace):
+        raise ConfigError("--quant compares; to trace one of them, set quant.mode and leave out --quant")
     config = load_config(args.config, args.overrides)
     from maxlm import bench, hosts
 
+    if args.quant:
+        from maxlm import bench_quant
+
+        results = bench_quant.bench_kinds(config, args.on, args.warmup, args.steps, args.top)
+        if args.on is not None or hosts.is_first():
+            print(json.dumps(results) if args.json else bench_quant.show(results))
+        return 0
     if args.on is not None:
         result = bench.bench_compiled(config, args.on, args.top)
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from maxlm import flops, report, units
+from maxlm.config import Config
 from maxlm.data.baseline import ngram_bits_per_byte
 from maxlm.data.loader import Loader
 from maxlm.feed import DataSource
@@ -18,6 +19,7 @@ from maxlm.loop import Loop
 from maxlm.mesh import mesh_text
 from maxlm.metrics import read_metrics
 from maxlm.progress import summary_table
+from maxlm.quant_rules import advice
 from maxlm.run_folder import RunFolder
 from maxlm.sample import sample
 from maxlm.step import Program, State
@@ -34,7 +36,7 @@ def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
 
     Returns:
         params (count), flops_per_token, peak_flops (FLOP/s of all devices, None where unknown), mesh, num_devices,
-        device_kind, bytes_per_device (state: weights and optimizer).
+        device_kind, bytes_per_device (state: weights and optimizer), advice (on quantized products, None for none).
     """
     config, device = program.config, program.mesh.devices.flat[0]
     chip = detect(device)
@@ -47,6 +49,7 @@ def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
         "num_devices": program.mesh.size,
         "device_kind": device.device_kind,
         "bytes_per_device": bytes_per_device(program.state_shapes),
+        "advice": advice(config.quant, chip),
     }
 
 
@@ -74,10 +77,17 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
         f"{'' if config.optim.state_dtype == 'float32' else ' in ' + config.optim.state_dtype}"
         f"{' on the host' if config.optim.state_on_host else ''})",
         "held-out": _missing_heldout(source, train.seq_len),
-        "precision": f"{config.model.dtype} compute, float32 weights, updates and loss",
+        "precision": f"{config.model.dtype} compute{_products(config)}, float32 weights, updates and loss",
+        "note": run_facts["advice"],
     }
     loop.progress.note(summary_table(rows))
     loop.progress.note("compiling the step; the first one takes a while")
+
+
+def _products(config: Config) -> str:
+    quant = config.quant
+    kinds = sorted({quant.mode, *quant.rules.values()} - {"none", "bf16"})
+    return f", products in {' and '.join(kinds)}" if kinds else ""
 
 
 def _missing_heldout(source: DataSource, seq_len: int) -> str | None:

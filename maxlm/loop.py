@@ -15,6 +15,7 @@ from maxlm.checkpoint import Checkpoints
 from maxlm.feed import Feed
 from maxlm.metrics import MetricsWriter
 from maxlm.progress import Progress
+from maxlm.quant_rules import outliers
 from maxlm.step import Program, State
 from maxlm.stop import StopSignals, process_age_s
 
@@ -54,7 +55,7 @@ class Loop:
         self._flops_per_token = facts["flops_per_token"]
         self._peak_flops, self._profile_dir = facts["peak_flops"], profile_dir
         self._callback_stops: str | None = None
-        self._tracing = False
+        self._tracing = self._told_of_outliers = False
         self._clock = time.perf_counter()
 
     def run(self, state: State, first: int) -> tuple[State, int, str | None]:
@@ -132,9 +133,12 @@ class Loop:
         if self.first_step_s is None:
             self.first_step_s = process_age_s()
             self.progress.note(f"first step finished {self.first_step_s:.1f} s after the start of the process")
+        if not self._told_of_outliers and (text := outliers(values)):
+            self._told_of_outliers = True
+            self.progress.note(text)
         if self.metrics and (_due(step, self.config.log.every) or step == self.config.train.num_steps):
             self.metrics.train(step, values)
-        self.progress.update(step, **values)
+        self.progress.update(step, **{name: x for name, x in values.items() if "/" not in name})
         self.step, self.last = step, values
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):

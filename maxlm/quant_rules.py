@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,15 @@ from flax import nnx
 
 from maxlm.config_file import ConfigError
 from maxlm.config_quant import QuantConfig
-from maxlm.hardware import detect
+from maxlm.hardware import Chip, detect
 from maxlm.quant import Kind, Recipe
 
 RECIPE = "recipe"
 """Metadata of a parameter whose products are quantized."""
 QUANT_ERROR = "quant_error"
 """Name of what is reported of int8: the error of rounding activations."""
+OUTLIERS = 0.04
+"""Error from which on activations are said to have outliers; normal ones have 0.007 to 0.01."""
 LM_HEAD = "lm_head"
 """Path of the projection onto the vocabulary, which a tied embedding shares."""
 
@@ -71,13 +73,40 @@ def head_recipe(quant: QuantConfig, device: Any) -> Recipe | None:
     return _recipe(quant, LM_HEAD, 2**16, device) if quant.used else None
 
 
+def advice(quant: QuantConfig, chip: Chip | None) -> str | None:
+    """A sentence where a chip has nothing to gain from the types that are asked for."""
+    if chip is None:
+        return None
+    rates = {"int8": chip.int8_ops, "fp8": chip.fp8_flops}
+    for kind in sorted({quant.mode, *quant.rules.values()} & set(rates)):
+        if (rates[kind] or 0) <= chip.bf16_flops:
+            better = [other for other, rate in rates.items() if (rate or 0) > chip.bf16_flops]
+            how = "no faster than bfloat16" if rates[kind] else "not natively"
+            return f"{chip.name} multiplies {kind} {how}" + (f"; it does {better[0]}, twice as fast" if better else "")
+    return None
+
+
+def outliers(metrics: Mapping[str, float]) -> str | None:
+    """A sentence where activations of a weight have outliers, that rounding to int8 leaves little of the others."""
+    if metrics.get(QUANT_ERROR, 0.0) <= OUTLIERS:
+        return None
+    of = {name.removeprefix(f"{QUANT_ERROR}/"): x for name, x in metrics.items() if name.startswith(f"{QUANT_ERROR}/")}
+    layer = max((name for name in of if name.startswith("layer_")), key=lambda name: of[name])
+    weight = max((name for name in of if not name.startswith("layer_")), key=lambda name: of[name])
+    where = layer.replace("_", " ")
+    return (
+        f"outliers: rounding what {weight} multiplies to int8 is off by {metrics[QUANT_ERROR]:.0%} in {where}; "
+        f"if it stays so, quant.rules={{'.*{re.escape(weight)}': bf16}} leaves these products alone"
+    )
+
+
 def error_metrics(metrics: dict[str, jax.Array], columns: Sequence[str]) -> dict[str, jax.Array]:
     """Metrics with the table of errors [layers, columns] as scalars: the largest of all, of each layer and weight."""
     if QUANT_ERROR not in metrics:
         return metrics
     table = metrics[QUANT_ERROR]
     found = {**metrics, QUANT_ERROR: table.max()}
-    found |= {f"{QUANT_ERROR}/layer {i}": table[i].max() for i in range(table.shape[0])}
+    found |= {f"{QUANT_ERROR}/layer_{i}": table[i].max() for i in range(table.shape[0])}
     return found | {f"{QUANT_ERROR}/{name}": table[:, i].max() for i, name in enumerate(columns)}
 
 

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from maxlm import bench_quant
+from maxlm.bench_quant import gathered_bytes
 from maxlm.cli import main
 from maxlm.cost import top_operations, words
 from maxlm.hlo import sources
@@ -106,3 +109,32 @@ def test_operations_are_named_in_the_words_of_the_model():
 def test_sources_of_a_program():
     text = '  %fusion.1 = f32[2]{0} fusion(%a), kind=kLoop, metadata={op_name="jit(f)/mlp/add"}\n'
     assert sources(text + "  ROOT %b = f32[] add()") == {"fusion.1": "jit(f)/mlp/add"}
+
+
+def test_products_in_each_type_side_by_side(config, capsys):
+    arguments = [config, *SETTINGS, "--quant", "--steps", "2", "mesh.fake_devices=4"]
+    code, result = bench(capsys, *arguments)
+    assert code == 0
+    assert set(result) == {"bf16", "int8", "fp8"}
+    gathered = {kind: gathered_bytes(found) for kind, found in result.items()}
+    assert gathered["int8"] < 0.6 * gathered["bf16"]
+    losses = [found["loss"] for found in result.values()]
+    assert len(set(losses)) == 3
+    assert np.ptp(losses) < 0.05
+    text = bench_quant.show(result)
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["bf16", "int8", "fp8"]
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+@pytest.mark.xdist_group("tpu")
+def test_products_in_each_type_on_a_slice(config, capsys):
+    assert main(["bench", config, *SETTINGS, "--quant", "--on", "v5e:2x2"]) == 0
+    text = capsys.readouterr().out
+    assert "M cycles" in text
+    assert "TPU v5e multiplies fp8 not natively; it does int8, twice as fast" in text
+
+
+def test_quant_does_not_trace(config, capsys):
+    assert main(["bench", config, *SETTINGS, "--quant", "--profile"]) == 2
+    assert "--quant" in capsys.readouterr().err

@@ -321,3 +321,41 @@ def test_adamw_is_that_of_torch():
             for name, ours, want in zip(names, jax.tree.leaves(params), theirs, strict=True):
                 assert np.abs(np.asarray(ours) - want.detach().numpy()).max() <= 1e-6, (i, name)
     assert set(clipped) == {True, False}
+
+
+AQT = {
+    "BTD,DF->BTF": ((2, 128, 512), (512, 384), (((2,), (0,)), ((), ()))),
+    "BTD,DNH->BTNH": ((2, 64, 128), (128, 4, 32), (((2,), (0,)), ((), ()))),
+    "BTNH,NHD->BTD": ((2, 64, 4, 32), (4, 32, 128), (((2, 3), (0, 1)), ((), ()))),
+    "ECD,EDF->ECF": ((4, 32, 64), (4, 64, 48), (((2,), (1,)), ((0,), (0,)))),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("subscripts", AQT)
+def test_int8_is_that_of_aqt_to_the_last_bit(subscripts):
+    import aqt.jax.v2.config as aqt
+
+    from maxlm.parallel.quantized import quantized_einsum
+    from maxlm.quant import Recipe
+
+    x_shape, w_shape, dimensions = AQT[subscripts]
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], x_shape), jax.random.normal(keys[1], w_shape)
+    g = jax.random.normal(keys[2], jax.eval_shape(lambda: jax.lax.dot_general(x, w, dimensions)).shape)
+    config = aqt.config_v4(fwd_bits=8, dlhs_bits=8, drhs_bits=8)
+    aqt.set_stochastic_rounding(config, False, False, "jax.uniform")
+    config = aqt.set_context(config, key=None, train_step=None)
+
+    def gradients(product):
+        def run(x, w, g):
+            y, pull = jax.vjp(product, x, w)
+            return y, *pull(g)
+
+        return jax.device_get(jax.jit(run)(x, w, g))
+
+    theirs = gradients(lambda x, w: config(x, w, dimensions))
+    ours = gradients(lambda x, w: quantized_einsum(subscripts, Recipe(anew=True), x, w)[0])
+    for name, a, b in zip(("output", "by activations", "by weights"), ours, theirs, strict=True):
+        assert a.any()
+        np.testing.assert_array_equal(a, b, err_msg=name)

@@ -8,8 +8,11 @@ from helpers import loss_and_grads, perturbed_params, program_on, random_batch, 
 from jax.sharding import AxisType
 
 from maxlm.config_file import ConfigError
+from maxlm.config_quant import QuantConfig
+from maxlm.hardware import find
 from maxlm.parallel.quantized import quantized_einsum
 from maxlm.quant import Recipe
+from maxlm.quant_rules import advice, outliers
 from maxlm.sharding import compute_spec, enter_step, leave_step, param_spec
 
 SHAPES = {
@@ -251,6 +254,44 @@ def test_a_rule_for_nothing_is_refused(quant, words_of_error):
         program_on(small_config(quant=quant))
 
 
+def test_the_error_of_outliers_is_told_and_bf16_avoids_it():
+    x, w = jax.random.normal(jax.random.key(0), (64, 4096)), jax.random.normal(jax.random.key(1), (4096, 64))
+    subscripts = "BD,DF->BF"
+    for factor, low, high in ((1, 0.006, 0.012), (60, 0.08, 0.12)):
+        odd = x.at[:, 7].mul(factor)
+        want = jnp.einsum(subscripts, odd, w, precision="highest")
+        y, told = quantized_einsum(subscripts, KEPT, odd, w)
+        assert low < told < high
+        assert error(y, want) == pytest.approx(float(told), rel=0.5)
+        plain, _ = quantized_einsum(subscripts, Recipe("bf16", "int8", "int8"), odd.astype(jnp.bfloat16), w)
+        assert error(plain, want) < 0.005
+
+
+def test_outliers_are_told_with_a_remedy():
+    usual = {"quant_error": 0.01, "quant_error/layer_0": 0.01, "quant_error/mlp.up": 0.01}
+    assert outliers(usual) is None
+    text = outliers({**usual, "quant_error": 0.1, "quant_error/layer_3": 0.1, "quant_error/mlp.down": 0.1})
+    assert "layer 3" in text
+    assert r"quant.rules={'.*mlp\.down': bf16}" in text
+
+
+@pytest.mark.parametrize(
+    ("chip", "kind", "text"),
+    [
+        ("TPU v4", "int8", "no faster"),
+        ("TPU7x", "int8", "it does fp8"),
+        ("TPU v5 lite", "fp8", "it does int8"),
+        ("TPU v5 lite", "int8", None),
+        ("TPU v6 lite", "int8", None),
+        ("NVIDIA H100 80GB HBM3", "fp8", None),
+    ],
+)
+def test_chips_that_gain_nothing_are_told(chip, kind, text):
+    found = advice(QuantConfig(mode=kind), find(chip))
+    assert (found is None) == (text is None)
+    assert text is None or text in found
+
+
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"stage": 2}], ids=str)
 def test_metrics_tell_of_outliers_and_where(mesh):
     config = small_config(quant={"mode": "int8"}, train={"grad_accum": 2})
@@ -265,13 +306,13 @@ def test_metrics_tell_of_outliers_and_where(mesh):
 
     usual = metrics(params)
     assert 0.001 < usual["quant_error"] < 0.02
-    layers = [usual[f"quant_error/layer {i}"] for i in range(config.model.num_layers)]
+    layers = [usual[f"quant_error/layer_{i}"] for i in range(config.model.num_layers)]
     assert max(layers) == usual["quant_error"]
     params["layers"]["0"]["mlp_norm"]["weight"][1, 3] *= 60  # one channel of what layer 1's MLP multiplies
     odd = metrics(params)
-    assert odd["quant_error"] == odd["quant_error/layer 1"] == odd["quant_error/mlp.up"]
-    assert odd["quant_error"] > 3 * usual["quant_error/mlp.up"]
-    assert odd["quant_error/layer 0"] == pytest.approx(usual["quant_error/layer 0"], rel=1e-3)
+    assert odd["quant_error/mlp.up"] == odd["quant_error/mlp.gate"] > 1.5 * usual["quant_error/mlp.up"]
+    assert odd["quant_error/attention.q"] < 1.5 * usual["quant_error/attention.q"]
+    assert odd["quant_error/layer_0"] == pytest.approx(usual["quant_error/layer_0"], rel=1e-3)
 
 
 def test_a_checkpoint_is_the_same_with_and_without():

@@ -75,3 +75,33 @@ def test_splash_blocks():
     assert [row[2] for row in rows] == ["fwd", "dq", "dkv"]
     (want,) = (row.split(",") for row in table if row.startswith(",".join(rows[0][:6]) + ","))
     assert abs(int(rows[0][6]) / int(want[6]) - 1) < 0.1
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_bench_quant():
+    result = figures("tools/bench_quant.py", "v5e:2x2", "int8")
+    assert result["s8"] == 7 + 7 + 7 + 6, "forward, gradients by activations and by weights, and all but one again"
+    assert result["of_bf16"] <= 0.76
+
+
+def test_quant_loss(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(Path(__file__).read_text() + str(i))
+    store = {"path": str(tmp_path / "store"), "text": [str(tmp_path / "*.txt")], "heldout": 0.3}
+    small = ["model.num_layers=1", "model.d_model=64", "train.batch_size=8", f"data.stores={json.dumps([store])}"]
+    command = [*small, "--kinds", "int8", "--seeds", "0", "--steps", "2", "--root", str(tmp_path)]
+    for _ in range(2):  # the second time it only reads
+        curve = tmp_path / "curve.png"
+        done = subprocess.run(
+            [sys.executable, "tools/quant_loss.py", *command, "--curve", str(curve)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        *_, plain, int8 = done.stdout.splitlines()
+        assert "bfloat16" in plain
+        assert "minus bfloat16" in int8
+        assert curve.read_bytes()[:4] == b"\x89PNG"

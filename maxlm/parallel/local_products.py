@@ -1,6 +1,5 @@
 """The products of one device with a quantized weight, inside an island: rounding, collectives, scales."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,7 +110,7 @@ class LocalProducts:
             return product(g, x)
         right = round_to(x, product.right, product.summed, self._type(kind), axes=self._axes(product.summed))
         if self.recipe.summed_inside:
-            right = right._replace(values=_innermost(right.values, product.right, product.summed))
+            right = right._replace(values=_innermost(right.values, product.right.index(product.summed[-1])))
         return product.of_rounded(noisy(g, product, kind, 2), right).astype(x.dtype)
 
     def _gradient(self, g: jax.Array, product: Product, kind: Kind, use: int, words: Any, columns: Any) -> Rounded:
@@ -141,24 +140,16 @@ class LocalProducts:
         return lax.psum(y, axes) if axes else y
 
     def _error(self, x: jax.Array, rounded: Rounded) -> jax.Array:
-        """What rounding adds to x, relative to its usual size.
-
-        The error of a step is uniform, its square step**2 / 12. The usual size is that of normal numbers with this mean
-        of absolute values, which a few outliers change little.
-        """
-        count, each = x.size, x.size / rounded.scale.size
-        local = [
-            jnp.square(rounded.scale).sum() * (each / 12),
-            jnp.abs(x.astype(jnp.float32)).sum(),
-            jnp.float32(count),
-        ]
-        added, size, count = self._sum(jnp.stack(local), self.product.left)
-        return jnp.sqrt(added / count) / jnp.maximum(size / count * math.sqrt(math.pi / 2), 1e-30)
+        """What rounding adds to x, relative to its size: the error of a step is uniform, its square step**2 / 12."""
+        each = x.size / rounded.scale.size
+        sums = jnp.stack([jnp.square(rounded.scale).sum() * (each / 12), jnp.square(x.astype(jnp.float32)).sum()])
+        added, size = self._sum(sums, self.product.left)
+        return jnp.sqrt(added / jnp.maximum(size, 1e-30))
 
 
-def _innermost(x: jax.Array, dims: str, letters: str) -> jax.Array:
-    """x, in memory with these dims innermost."""
-    order = sorted(range(len(dims)), key=lambda i: dims[i] in letters)
+def _innermost(x: jax.Array, dim: int) -> jax.Array:
+    """x, in memory with this dim innermost."""
+    order = range(x.ndim)
     # in their order first, or what makes x would be laid out so too; behind barriers, or the compiler undoes it
-    x = lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(len(dims))))))
-    return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(order))))
+    x = lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(order))))
+    return lax.optimization_barrier(with_layout_constraint(x, Layout((*(i for i in order if i != dim), dim))))
