@@ -15,6 +15,7 @@ The whole model: maxlm bench configs/llama3_8b.yaml --on v5e:4x4 --quant. Needs 
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -53,7 +54,7 @@ def layer(recipe: Recipe | None, params: dict[str, jax.Array], x: jax.Array, wor
     def times(subscripts: str, x: jax.Array, name: str) -> jax.Array:
         if recipe is None:
             return jnp.einsum(subscripts, x, params[name])
-        own = Recipe(**{**recipe.__dict__, "salt": salts[name]})
+        own = dataclasses.replace(recipe, salt=salts[name])
         return quantized_einsum(subscripts, own, x, params[name], words)[0]
 
     def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -76,7 +77,7 @@ def measure(topology: str, recipe: Recipe | None) -> dict[str, Any]:
     mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Explicit,))
     chip = detect(device)
     if recipe is not None and chip is not None:
-        recipe = Recipe(**{**recipe.__dict__, "summed_inside": chip.name in SUMMED_INSIDE})
+        recipe = dataclasses.replace(recipe, summed_inside=chip.name in SUMMED_INSIDE)
 
     def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, jax.P()))
@@ -91,6 +92,8 @@ def measure(topology: str, recipe: Recipe | None) -> dict[str, Any]:
         lowered = jax.jit(both).lower(params, shape(1, T, D), shape(1, T, D), shape(1, T, dtype=jnp.uint32))
         compiled = lowered.compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
     costs = [(op.cycles * op.times, op.source) for op in hlo.operations(text) if op.cycles]
     return {
         "cycles": sum(cost for cost, _ in costs),
@@ -114,9 +117,9 @@ def main() -> int:
     for topology in topologies:
         plain = None
         for kind in dict.fromkeys(["bf16", *kinds]):
-            result = {"topology": topology, "kind": kind, **measure(topology, KINDS[kind])}
-            plain = plain or result["cycles"]
-            result["of_bf16"] = result["cycles"] / plain
+            figures = measure(topology, KINDS[kind])
+            plain = plain or figures["cycles"]
+            result = {"topology": topology, "kind": kind, **figures, "of_bf16": figures["cycles"] / plain}
             print(json.dumps(result) if args.json else line(result), flush=True)
     return 0
 
