@@ -1,5 +1,8 @@
 """Products in int8 and fp8: their rounding, on every mesh, where the rules say."""
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,6 +195,13 @@ def distance(a, b):
 
 
 def results(quant, accum=1, moe=False, train=None, **mesh):
+    """Loss and gradients; the program of one setting is made once."""
+    return _results(*(json.dumps(x) for x in (quant, accum, moe, train, mesh)))
+
+
+@functools.cache
+def _results(*settings):
+    quant, accum, moe, train, mesh = map(json.loads, settings)
     experts = {"num_experts": 4, "experts_per_token": 2} if moe else {}
     config = small_config(
         model={**small_config().model.model_dump(), **experts},
@@ -203,13 +213,14 @@ def results(quant, accum=1, moe=False, train=None, **mesh):
     return loss_and_grads(program, params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "train"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
-        ({"fsdp": 4}, {"remat": "none", "gather": "step"}),
-        ({"fsdp": 2, "context": 2}, {"remat": "dots", "grad_accum": 2}),
-        ({"fsdp": 2, "stage": 2, "tensor": 2}, {"grad_accum": 4}),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {"grad_accum": 2}),
+        pytest.param({"fsdp": 4}, {"grad_accum": 2, "remat": "none", "gather": "step"}, marks=pytest.mark.long),
+        pytest.param({"fsdp": 2, "context": 2}, {"grad_accum": 2, "remat": "dots"}, marks=pytest.mark.long),
+        pytest.param({"fsdp": 2, "stage": 2, "tensor": 2}, {"grad_accum": 2}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -222,6 +233,7 @@ def test_a_model_on_a_mesh_is_that_of_one_device(mesh, train):
     assert distance(many[1], one[1]) < 0.15 * distance(one[1], plain[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "stage": 2, "expert": 2}], ids=str)
 def test_experts_on_a_mesh_are_those_of_one_device(mesh):
     quant, accum = {"rules": {r".*moe\.(up|gate|down)": "int8"}}, 2
@@ -230,6 +242,7 @@ def test_experts_on_a_mesh_are_those_of_one_device(mesh):
     assert distance(many[1], one[1]) < 0.15 * distance(one[1], plain[1])
 
 
+@pytest.mark.slow
 def test_rules_choose_by_path():
     # with the head in another type the layers' numbers stay; with attention left alone they are nearer to plain ones
     plain, whole = results({}), results({"mode": "int8"})
