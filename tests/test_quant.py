@@ -82,6 +82,7 @@ def words(seed, shape):
     return jax.random.bits(jax.random.key(seed), shape, jnp.uint32)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_right_on_average():
     subscripts, count = "BTD,DF->BTF", 400
     x, w, g = (a.astype(jnp.float32) for a in operands(subscripts))
