@@ -32,13 +32,13 @@ MESHES = {"fsdp16": {}, "data2_fsdp4_tensor2": {"data": 2, "fsdp": 4, "tensor": 
 
 
 @functools.cache
-def compiled(name: str, grad_accum: int = 1, quant: str = "none", rules: tuple = ()):
+def compiled(name: str, grad_accum: int = 1, rules: tuple = ()):
     from jax.experimental import topologies
 
     train = {"batch_size": B, "seq_len": T, "grad_accum": grad_accum, "logit_parts": 2}
     if name != "fsdp16":  # which is compiled as users' programs are
         train |= QUICK_TO_COMPILE
-    config = small_config(model=MODEL, train=train, quant={"mode": quant, "rules": dict(rules)})
+    config = small_config(model=MODEL, train=train, quant={"rules": dict(rules)})
     devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
     program = build_program(config, make_mesh(MeshConfig(**MESHES[name]), devices))
     return program, program.lower_step().compile()
@@ -125,34 +125,37 @@ def num_products(text: str) -> dict[str, int]:
     return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
+MLP_IN_INT8 = ((".*mlp.*", "int8"),)
+
+
+def in_int8():
+    return compiled("data2_fsdp4_tensor2", rules=MLP_IN_INT8)[1].as_text()
+
+
 def test_products_are_of_int8_where_the_rules_say():
-    plain = num_products(compiled("data2_fsdp4_tensor2")[1].as_text())
+    plain, counts = num_products(compiled("data2_fsdp4_tensor2")[1].as_text()), num_products(in_int8())
     assert "s32" not in plain
-    text = compiled("data2_fsdp4_tensor2", quant="int8")[1].as_text()
-    counts = num_products(text)
-    # of seven weights: forward, the gradients by activations and by weights; six run again, all but the MLP's last
-    assert counts["s32"] == 7 + 7 + 7 + 6
-    assert sum(plain.values()) - sum(counts.values()) == 0
-    operands = re.findall(r"s32\[[^\]]*\]\S* (?:convolution|dot)\(([^)]*)\)", text)
-    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    # of gate, up and down: forward, the gradients by activations and by weights; the first two run again
+    assert counts["s32"] == 3 + 3 + 3 + 2
+    assert sum(plain.values()) == sum(counts.values())
+    operands = re.findall(r"s32\[[^\]]*\]\S* (?:convolution|dot)\(([^)]*)\)", in_int8())
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", in_int8()))
     assert {types[name] for pair in operands for name in re.findall(r"%([\w.\-]+)", pair)} == {"s8"}
-    some = num_products(compiled("data2_fsdp4_tensor2", quant="int8", rules=((".*mlp.*", "bf16"),))[1].as_text())
-    assert some["s32"] == 4 * 4
 
 
 def test_weights_are_gathered_as_int8_half_the_bytes():
-    def gathered(quant):
-        found = of_kind(hlo.collectives(compiled("data2_fsdp4_tensor2", quant=quant)[1].as_text()), "all-gather")
-        in_layers = [c for c in found if L in c.loops and c.bytes > 8 * 8 * D]
-        return {c.dtype for c in in_layers}, sum(c.times * c.bytes for c in in_layers)
+    def gathered(text):
+        found = [c for c in of_kind(hlo.collectives(text), "all-gather") if L in c.loops and c.bytes > 8 * 8 * D]
+        return {dtype: sum(c.times * c.bytes for c in found if c.dtype == dtype) for dtype in {c.dtype for c in found}}
 
-    assert gathered("none")[0] == {"bf16"}
-    assert gathered("int8")[0] == {"s8"}
-    assert gathered("int8")[1] * 2 == gathered("none")[1]
+    plain, mixed = gathered(compiled("data2_fsdp4_tensor2")[1].as_text()), gathered(in_int8())
+    assert set(plain) == {"bf16"}
+    assert set(mixed) == {"bf16", "s8"}
+    assert plain["bf16"] - mixed["bf16"] == 2 * mixed["s8"] > 0
 
 
 def test_partial_sums_are_reduced_in_bf16():
-    found = of_kind(hlo.collectives(compiled("data2_fsdp4_tensor2", quant="int8")[1].as_text()), "all-reduce")
+    found = of_kind(hlo.collectives(in_int8()), "all-reduce")
     assert not [c for c in found if c.dtype.startswith("s") and np.prod(c.shape) > 1]
     large = [c for c in found if L in c.loops and np.prod(c.shape) >= B * T * D / 8]
     assert {c.dtype for c in large} == {"bf16"}
