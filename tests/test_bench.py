@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ SETTINGS = [f"model.{field}" for field in MODEL] + ["train.seq_len=128", "train.
 
 @pytest.fixture
 def config(tmp_path):
+    jax.devices()  # the tests' eight, before a command makes as many as it wants
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{stores: [{{path: {tmp_path}/none}}]}}\ntrain: {{steps: 1, batch_size: 1, seq_len: 1}}\n")
     return str(path)
