@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from maxlm.config_model import Section
 
 Kind = Literal["int8", "fp8", "bf16"]
+"""Type of a product's operands; bf16 stands for the compute dtype, whichever that is."""
 
 
 class QuantConfig(Section):

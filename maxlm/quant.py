@@ -9,18 +9,15 @@ References:
     Deep Learning, arXiv:2209.05433; Zhang et al., Training with Fewer Bits, arXiv:2502.06309 (rounding of gradients).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["int8", "fp8", "bf16"]
-"""Type of a product's operands; bf16 stands for the compute dtype, whichever that is."""
-Axes = Callable[[str], tuple[str, ...]]
-"""Dimension letters -> mesh axes that split them, for collectives to name."""
+from maxlm.config_quant import Kind
 
 ROWS = "ECBT"
 """Letters of tokens, and of experts: with a random word each."""
