@@ -51,6 +51,11 @@ class Recipe:
     block: int = 0
     column: int | None = None
 
+    @property
+    def kept(self) -> bool:
+        """Whether the gradient by the activations is made with the forward pass' rounded weight."""
+        return self.d_activation == self.forward and not self.anew
+
 
 class Rounded(NamedTuple):
     """Rounded values [dims], and what to multiply them by: float32, of the dims that are not summed over."""
@@ -104,6 +109,11 @@ class Product:
         for dims, operand in ((self.left, left), (self.right, right)):
             y = y * spread(operand.scale, without(dims, self.summed), self.out)
         return y
+
+
+def forward_type(kind: Kind) -> Any:
+    """Type that activations and weights are rounded to."""
+    return jnp.int8 if kind == "int8" else FP8_FORWARD
 
 
 def round_to(

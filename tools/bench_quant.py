@@ -29,6 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from maxlm import hlo, units
 from maxlm.hardware import detect
+from maxlm.model.stack import REMAT_POLICIES
 from maxlm.parallel.quantized import quantized_einsum
 from maxlm.quant import Recipe
 from maxlm.quant_rules import SUMMED_INSIDE
@@ -82,8 +83,10 @@ def measure(topology: str, recipe: Recipe | None) -> dict[str, Any]:
     def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, jax.P()))
 
+    keep = REMAT_POLICIES["full"]
+
     def both(params: Any, x: jax.Array, g: jax.Array, words: jax.Array) -> Any:
-        y, pull = jax.vjp(jax.checkpoint(lambda params, x: layer(recipe, params, x, words)), params, x)
+        y, pull = jax.vjp(jax.checkpoint(lambda params, x: layer(recipe, params, x, words), policy=keep), params, x)
         return y, pull(g)
 
     params = {name: shape(*dims) for name, dims in WEIGHTS.items()} | {"norm1": shape(D), "norm2": shape(D)}

@@ -20,19 +20,23 @@ from maxlm.model.param import dims_of
 from maxlm.model.summed import begin, collect, take_apart
 from maxlm.sharding import gather, in_groups, keep_layout, param_spec
 
+KEPT = "kept"
+"""Name of what every policy keeps: what a UseWeight derives from a weight as it rests, smaller than it."""
+
 _keep = jax.checkpoint_policies
-_dots, _attention = _keep.dots_with_no_batch_dims_saveable, _keep.save_only_these_names("attention_out")
+_full, _attention = _keep.save_only_these_names(KEPT), _keep.save_only_these_names(KEPT, "attention_out")
+_dots = _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _full)
 REMAT_POLICIES = {
     # What the forward pass keeps of a layer for the backward pass, in bytes per token of a Llama-like layer in bf16
     # (D width, Q = N H, K = K H, F feed-forward), and the share of the forward pass that runs again. Plain attention
     # gives nothing to keep: with it "attention" is "full", and "minimal" is "dots".
     "none": None,  # every intermediate; nothing is computed twice
-    "full": _keep.nothing_saveable,  # 2 D, its input; all
+    "full": _full,  # 2 D, its input; all
     "attention": _attention,  # 2 (D + Q) + 4 N: also what attention gives; all but attention
     "dots": _dots,  # 2 (2 D + Q + 2 K + 2 F): also what products with weights give; attention, norms, nonlinearities
     "minimal": _keep.save_from_both_policies(_dots, _attention),  # 2 (2 D + 2 Q + 2 K + 2 F) + 4 N; norms and the like
     "offload": _keep.save_and_offload_only_these_names(  # nothing: its input goes to the host and comes back; all
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[KEPT],
         names_which_can_be_offloaded=["layer_input"],
         offload_src="device",
         offload_dst="pinned_host",

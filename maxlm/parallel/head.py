@@ -183,7 +183,7 @@ class _Cut:
         start = self._start(w, i)
         part = lax.dynamic_slice_in_dim(w, start, self.width, self._dim("V"))
         if self.products is not None:
-            logits, _ = self.products.forward(x_nD, part, jnp.float32)
+            logits, _ = self.products.forward(x_nD, part, dtype=jnp.float32)
         else:
             part = part.astype(self.options.dtype)
             for axis in reversed(self.fsdp):
@@ -209,7 +209,7 @@ class _Cut:
         """float32 gradient by x, and gradient by the part's weights, as they are split."""
         if self.products is not None:
             columns = None if words_n is None else hashes(ids.astype(jnp.uint32))
-            return self.products.backward(x_nD, part, words_n, columns, d_nc, jnp.float32)
+            return self.products.backward(x_nD, part, None, words_n, columns, d_nc, jnp.float32)
         dx = jnp.einsum(f"nc,{self.dims}->nD", d_nc, part, preferred_element_type=jnp.float32)
         d_part = jnp.einsum(f"nD,nc->{self.dims}", x_nD, d_nc)
         for axis in self.fsdp:

@@ -12,13 +12,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.model.dropout import mix_bits
 from maxlm.quant import (
-    FP8_FORWARD,
     FP8_GRADIENT,
     ROWS,
     Kind,
     Product,
     Recipe,
     Rounded,
+    forward_type,
     noise,
     round_to,
     spread,
@@ -43,14 +43,23 @@ class LocalProducts:
     fsdp: tuple[str, ...]
     split: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def forward(self, x: jax.Array, w: jax.Array, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
-        """The product, in x's dtype or another, and the error of rounding x; see quantized.quantized_einsum."""
+    def forward(
+        self, x: jax.Array, w: jax.Array, held: Rounded | None = None, dtype: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The product, in x's dtype or another, and the error of rounding x; see quantized.quantized_einsum.
+
+        Args:
+            x: activations.
+            w: the weight.
+            held: its shard, rounded for this product already.
+            dtype: of the product.
+        """
         product, kind, error = self.product, self.recipe.forward, jnp.zeros(())
         if kind == "bf16":
             y = product(x, self.gathered(w, x.dtype), preferred_element_type=dtype)
         else:
-            left = round_to(x, product.left, product.summed, self._type(kind), axes=self._axes(product.summed))
-            y = product.of_rounded(left, self.weight(w, product.summed, kind)).astype(dtype or x.dtype)
+            left = round_to(x, product.left, product.summed, forward_type(kind), axes=self._axes(product.summed))
+            y = product.of_rounded(left, self.weight(w, product.summed, kind, held)).astype(dtype or x.dtype)
             error = self._error(x, left) if kind == "int8" else error
         return self._sum(y, product.summed), error
 
@@ -58,6 +67,7 @@ class LocalProducts:
         self,
         x: jax.Array,
         w: jax.Array,
+        held: Rounded | None,
         words: jax.Array | None,
         columns: jax.Array | None,
         g: jax.Array,
@@ -68,37 +78,38 @@ class LocalProducts:
         Args:
             x: activations.
             w: the weight.
+            held: its shard, rounded already for the product that makes the gradient by x.
             words: random words of the rows; None rounds to the nearest.
             columns: and of the other dims of the result.
             g: gradient by the result.
             dtype: of the gradient by x.
         """
         noisy = partial(self._gradient, words=words, columns=columns)
-        dx = self._d_activation(noisy, w, g, dtype or x.dtype)
+        dx = self._d_activation(noisy, w, held, g, dtype or x.dtype)
         dw = self._d_weight(noisy, x, g)
         for axis in self.fsdp:
             dw = lax.psum_scatter(dw, axis, scatter_dimension=self.product.right.index("D"), tiled=True)
         return self._sum(dx, self.product.d_left.summed), dw.astype(w.dtype)
 
-    def weight(self, w: jax.Array, summed: str, kind: Kind) -> Rounded:
-        """The weight, rounded for a product that sums over these letters, and gathered."""
+    def weight(self, w: jax.Array, summed: str, kind: Kind, held: Rounded | None = None) -> Rounded:
+        """The weight, rounded for a product that sums over these letters (unless it is held so), and gathered."""
         dims, axes = self.product.right, self._axes(summed) + (self.fsdp if "D" in summed else ())
-        rounded = round_to(w, dims, summed, self._type(kind), axes=axes)
+        rounded = round_to(w, dims, summed, forward_type(kind), axes=axes) if held is None else held
         return Rounded(self._gather(rounded.values, dims), self._gather(rounded.scale, without(dims, summed)))
 
     def gathered(self, w: jax.Array, dtype: Any) -> jax.Array:
         """The weight in the compute dtype, whole over fsdp."""
         return self._gather(w.astype(dtype), self.product.right)
 
-    def _d_activation(self, noisy: Any, w: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
+    def _d_activation(self, noisy: Any, w: jax.Array, held: Rounded | None, g: jax.Array, dtype: Any) -> jax.Array:
         product, kind, recipe = self.product.d_left, self.recipe.d_activation, self.recipe
         if kind == "bf16":
             return product(g, self.gathered(w, g.dtype), preferred_element_type=dtype)
-        if recipe.anew or kind != recipe.forward:
-            right = self.weight(w, product.summed, kind)
+        if not recipe.kept:
+            right = self.weight(w, product.summed, kind, held)
             return product.of_rounded(noisy(g, product, kind, 1), right).astype(dtype)
         # the forward pass' weight once more: its scales are of dims that are summed over now, and go onto the gradient
-        right = self.weight(w, self.product.summed, kind)
+        right = self.weight(w, self.product.summed, kind, held)
         letters = without(product.right, self.product.summed)
         left = noisy(g.astype(jnp.float32) * spread(right.scale, letters, product.left), product, kind, 1)
         dx = product.of_values(left.values, right.values)
@@ -108,7 +119,7 @@ class LocalProducts:
         product, kind = self.product.d_right, self.recipe.d_weight
         if kind == "bf16":
             return product(g, x)
-        right = round_to(x, product.right, product.summed, self._type(kind), axes=self._axes(product.summed))
+        right = round_to(x, product.right, product.summed, forward_type(kind), axes=self._axes(product.summed))
         if self.recipe.summed_inside:
             right = right._replace(values=_innermost(right.values, product.right.index(product.summed[-1])))
         return product.of_rounded(noisy(g, product, kind, 2), right).astype(x.dtype)
@@ -120,9 +131,6 @@ class LocalProducts:
             random = noise(mix_bits(words + np.uint32(use)), rows, columns, product.left)
         dtype = jnp.int8 if kind == "int8" else FP8_GRADIENT
         return round_to(g, product.left, product.summed, dtype, random, self._axes(product.summed))
-
-    def _type(self, kind: Kind) -> Any:
-        return jnp.int8 if kind == "int8" else FP8_FORWARD
 
     def _gather(self, x: jax.Array, dims: str) -> jax.Array:
         for axis in reversed(self.fsdp) if "D" in dims else ():

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from maxlm.config_quant import Kind
 from maxlm.model.dropout import GOLDEN, mix_bits
+from maxlm.model.stack import KEPT
 from maxlm.parallel.island import island
 from maxlm.parallel.local_products import LocalProducts
-from maxlm.quant import ROWS, Product, Recipe, without
+from maxlm.quant import ROWS, Product, Recipe, Rounded, forward_type, round_to, without
 from maxlm.quant_rules import QUANT_ERROR, RECIPE
 from maxlm.sharding import compute_spec, gather
 
@@ -166,21 +169,33 @@ def _product(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) ->
 
 
 def _fwd(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) -> tuple[Any, Any]:
-    out = _on_mesh(how.local(w).forward, (x, w), lambda: (compute_spec(how.product.out), P()))
-    return out, (x, w, words, columns)
+    product, kind = how.product, how.recipe.forward
+    held = None if kind == "bf16" else checkpoint_name(_rounded(w, product, product.summed, kind), KEPT)
+    out = _on_mesh(how.local(w).forward, (x, w, held), lambda: (compute_spec(product.out), P()))
+    return out, (x, w, held if how.recipe.kept else None, words, columns)
 
 
 def _bwd(how: _How, saved: Any, cotangents: Any) -> Any:
-    x, w, words, columns = saved
+    x, w, held, words, columns = saved
+    product, kind = how.product, how.recipe.d_activation
+    if held is None and kind != "bf16":
+        held = _rounded(w, product, product.d_left.summed, kind)
 
     def specs() -> Any:
         spec = jax.typeof(w).sharding.spec
         return compute_spec(how.product.left), P(*spec.partitions, unreduced=spec.reduced)
 
-    return *_on_mesh(how.local(w).backward, (x, w, words, columns, cotangents[0]), specs), None, None
+    return *_on_mesh(how.local(w).backward, (x, w, held, words, columns, cotangents[0]), specs), None, None
 
 
 _product.defvjp(_fwd, _bwd)
+
+
+def _rounded(w: jax.Array, product: Product, summed: str, kind: Kind) -> Rounded:
+    """A weight rounded for a product that sums over these letters, split as it is."""
+    if _typed():
+        w = jax.reshard(w, P(*jax.typeof(w).sharding.spec.partitions))  # its gradient does not come this way
+    return round_to(w, product.right, summed, forward_type(kind))
 
 
 def _split(w: jax.Array, dims: str) -> dict[str, tuple[str, ...]]:
