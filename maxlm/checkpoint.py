@@ -1,84 +1,201 @@
-"""Sharded, asynchronous checkpoints through Orbax, restored onto whatever mesh asks for them."""
+"""Sharded, asynchronous checkpoints through Orbax: verified, restored onto whatever mesh asks for them.
 
+A save is a folder STEP that Orbax writes, and a manifest (maxlm.manifest) that is written into it last: a step without
+one does not exist. A restore reads every file and every array and compares; where a step is damaged it is put aside and
+the one before is taken.
+"""
+
+import contextlib
+import importlib.metadata
+import json
 import os
 import re
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from maxlm import storage
+from maxlm import hosts, manifest, storage
 from maxlm.config import CheckpointConfig
+from maxlm.fingerprint import fingerprints
+from maxlm.leaves import difference, map_paths, named_leaves, shapes_of
+from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 from maxlm.restack import Stack
 from maxlm.storage import StorageError
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message says which and what to do."""
+DAMAGED = "DAMAGED.json"
+"""In the folder of a step that is put aside: why, and when."""
+WRITERS = ("maxlm", "jax", "orbax-checkpoint", "tensorstore")
+HOSTS_S = 1200.0
+"""Hosts wait so long for each other's part of a save, in seconds."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in RUN/checkpoints/STEP.
 
-    A step's folder appears under its name only once it is complete: a save that is interrupted leaves the earlier
-    ones as they are. The newest `keep_last` are kept, and every step that is a multiple of `keep_every`.
+    The newest `keep_last` are kept, and every step that is a multiple of `keep_every`; a temporary one until the next
+    is complete.
     """
 
-    def __init__(self, run_dir: str, config: CheckpointConfig, *, read_only: bool = False):
+    def __init__(
+        self,
+        run_dir: str,
+        config: CheckpointConfig,
+        *,
+        run: Mapping[str, Any] | None = None,
+        read_only: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ):
         """Opens a run's checkpoints.
 
         Args:
             run_dir: folder or gs:// bucket of the run.
             config: retention and mode.
+            run: identity of the run, for the manifests.
             read_only: change nothing: another run's checkpoints.
+            tell: is told what a person should know; default: standard error.
 
         Raises:
             StorageError: the folder cannot be used.
         """
         self.path = storage.join(run_dir, "checkpoints")
-        self._saving: int | None = None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else config.keep_last,
-            keep_period=None if read_only else config.keep_every,
-            enable_async_checkpointing=config.asynchronous,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
-        try:
-            path = self.path if storage.is_bucket(self.path) else os.path.abspath(self.path)
-            self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
-        except OSError as error:
-            raise StorageError(f"cannot use {self.path}: {error.strerror or error}") from None
-        except ImportError:
-            raise StorageError(
-                f"checkpoints in {self.path} need another package: pip install 'maxlm[buckets]'"
-            ) from None
+        self._config, self._run, self._read_only = config, dict(run or {}), read_only
+        self._tell = tell or partial(print, file=sys.stderr, flush=True)
+        self._pending: tuple[int, Future[None]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="maxlm-save")
+        self._count = 0
+        self._aside = set[int]()
+        # folders that cannot be made are heard of at once
+        options = ocp.AsyncOptions(timeout_secs=int(HOSTS_S), create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
+        if not read_only:
+            self._open()
 
-    def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
+    # ---- what there is
 
     def steps(self) -> list[int]:
-        """Complete steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Complete steps that are not put aside, oldest first."""
+        return [step for step in self.folders() if step not in self._aside and self._complete(step)]
 
-    def save(self, step: int, state: Any) -> None:
+    def latest(self) -> int | None:
+        """The newest of steps(), or None."""
+        return max(self.steps(), default=None)
+
+    def folders(self) -> list[int]:
+        """Steps of all there is, usable or not, oldest first."""
+        return sorted(int(name) for name in storage.list_dir(self.path) if name.isdigit())
+
+    def manifest(self, step: int) -> Manifest | None:
+        """That of a step; None of steps from before there were manifests.
+
+        Raises:
+            DamagedError: it is missing or damaged.
+        """
+        names = storage.list_dir(self.step_path(step))
+        return None if _old(self.path, names) else Manifest.read(self.step_path(step))
+
+    def step_path(self, step: int) -> str:
+        """Folder of a step."""
+        return storage.join(self.path, str(step))
+
+    def latest_path(self) -> str | None:
+        """Folder of the newest step; None of none."""
+        step = self.latest()
+        return None if step is None else self.step_path(step)
+
+    # ---- saves
+
+    def save(self, step: int, state: Any, *, temporary: bool = False) -> None:
         """Saves the state of a step. Returns once it is copied from the devices.
+
+        Args:
+            step: finished steps.
+            state: tree of arrays.
+            temporary: the next save replaces it.
 
         Raises:
             CheckpointError: this save, or an earlier one in the background, failed.
         """
         self.wait()
-        self._saving = step
+        named = named_leaves(state)
+        taken = fingerprints({path: x for path, x in named.items() if isinstance(x, jax.Array)})
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self._orbax.save(_place(self.step_path(step)), args=ocp.args.StandardSave(state), force=True)
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._failed(step, error) from error
+        self._aside.discard(step)
+        shapes = {path: (str(x.dtype), tuple(x.shape)) for path, x in named.items()}
+        self._count += 1
+        finish = partial(self._finish, step, shapes, taken, temporary, self._count)
+        self._pending = step, self._pool.submit(finish)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def check(self) -> None:
+        """Does not wait.
+
+        Raises:
+            CheckpointError: a save in the background has failed.
+        """
+        if self._pending and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for saves in the background, up to their manifests.
+
+        Raises:
+            CheckpointError: one of them failed.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Ends the background work. Call wait first, to hear of failures."""
+        self._pool.shutdown(wait=True)
+        try:
+            self._orbax.close()
+        except Exception as error:
+            self._tell(f"a save in the background failed: {_brief(error)}")
+
+    # ---- restores
+
+    def restore_newest(self, shapes: Any, stack: Stack | None = None) -> tuple[Any, int] | None:
+        """The newest step that is whole: its state and its number; None where there is none at all.
+
+        Steps that are damaged are put aside, and said so.
+
+        Args:
+            shapes: as those of restore.
+            stack: likewise.
+
+        Raises:
+            CheckpointError: all are damaged, or one cannot be read or holds other arrays.
+        """
+        self._tell_of_unfinished()
+        while (step := self.latest()) is not None:
+            try:
+                return self.restore(step, shapes, stack), step
+            except DamagedError as error:
+                self.put_aside(step, str(error))
+        if self._aside or any(DAMAGED in storage.list_dir(self.step_path(step)) for step in self.folders()):
+            raise CheckpointError(
+                f"all checkpoints in {self.path} are damaged. Move that folder away to begin anew; "
+                "maxlm checkpoint ls RUN lists what is wrong with each"
+            )
+        return None
 
     def restore(self, step: int, shapes: Any, stack: Stack | None = None) -> Any:
-        """Reads a step into arrays of the given shapes, dtypes and shardings.
+        """Verifies a step and reads it into arrays of the given shapes, dtypes and shardings.
 
         Args:
             step: one of steps().
@@ -86,89 +203,185 @@ class Checkpoints:
             stack: how these stack their layers; then a checkpoint of another pipeline, or of none, fits as well.
 
         Raises:
+            DamagedError: it is not what was saved.
             CheckpointError: the step cannot be read, or holds other arrays.
         """
+        known = self.verify(step)
+        path = self.step_path(step) if known else storage.join(self.step_path(step), "default")
         try:
-            saved = _leaves(self._manager.item_metadata(step))
-            wanted = _leaves(shapes)
-            others = {p for p in saved if stack and p in wanted and stack.fits(p, saved[p][0], wanted[p][0])}
-            others -= {p for p in others if saved[p] == wanted[p]}
-            kept = [{p: v for p, v in leaves.items() if p not in others} for leaves in (saved, wanted)]
-            if difference := _difference(*kept):
-                raise CheckpointError(f"checkpoint {self.path}/{step} does not fit this run: {difference}")
-            if stack is None or not others:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
-            as_saved = _map_paths(lambda p, s: stack.as_saved(saved[p][0], s) if p in others else s, shapes)
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(as_saved))
-            return _map_paths(lambda p, x, s: stack.restack(x, s) if p in others else x, state, shapes)
-        except CheckpointError:
-            raise
+            saved = shapes_of(self._orbax.metadata(_place(path)).item_metadata)
         except Exception as error:
-            earlier = [s for s in self.steps() if s < step]
-            way_out = (
-                f"to go on from step {earlier[-1]}, move {self.step_path(step)} away"
-                if earlier
-                else "there is no earlier one"
-            )
-            raise CheckpointError(
-                f"cannot read checkpoint {self.step_path(step)}: {_brief(error)}; {way_out}"
-            ) from error
+            raise self._unreadable(step, error) from error
+        wanted = shapes_of(shapes)
+        others = {p for p in saved if stack and p in wanted and stack.fits(p, saved[p][0], wanted[p][0])}
+        others -= {p for p in others if saved[p] == wanted[p]}
+        kept = [{p: v for p, v in leaves.items() if p not in others} for leaves in (saved, wanted)]
+        if problem := difference(*kept):
+            raise CheckpointError(f"checkpoint {self.path}/{step} does not fit this run: {problem}")
+        as_saved = map_paths(lambda p, s: stack.as_saved(saved[p][0], s) if stack and p in others else s, shapes)
+        try:
+            state = self._orbax.restore(_place(path), args=ocp.args.StandardRestore(as_saved))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        if known:
+            manifest.check_arrays(known, fingerprints(named_leaves(state))())
+        return map_paths(lambda p, x, s: stack.restack(x, s) if stack and p in others else x, state, shapes)
 
-    def step_path(self, step: int | None) -> str | None:
-        """Folder of a step; None of none."""
-        return None if step is None else storage.join(self.path, str(step))
+    def verify(self, step: int) -> Manifest | None:
+        """Reads all files of a step and compares them with its manifest; each host reads a share.
 
-    def wait(self) -> None:
-        """Waits for saves in the background.
+        Returns:
+            The manifest; None for checkpoints from before there were any, of which nothing is known.
 
         Raises:
-            CheckpointError: one of them failed.
+            DamagedError: names a file and what is wrong with it.
+            CheckpointError: it is of a newer maxlm.
         """
+        known, problem = None, ""
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
+            known = self.manifest(step)
+            if known:
+                share = sorted(known.files)[jax.process_index() :: jax.process_count()]
+                manifest.check_files(self.step_path(step), known, share)
+        except DamagedError as error:
+            problem = str(error)
+        if problem := next(filter(None, hosts.agreed(problem)), ""):
+            raise DamagedError(problem)
+        if known is None:
+            self._tell(f"{self.step_path(step)} is of an older maxlm, without a manifest: it cannot be verified")
+        return known
 
-    def close(self) -> None:
-        """Ends the background work. Call wait first, to hear of failures."""
-        self._manager.close()
+    def put_aside(self, step: int, reason: str) -> None:
+        """Marks a step as damaged, so that nothing uses it; its files stay until later steps take its place."""
+        self._aside.add(step)
+        left = [other for other in self.steps() if other < step]
+        self._tell(
+            f"DAMAGED: checkpoint {self.step_path(step)}: {reason}. It is put aside; "
+            + (f"going on from step {left[-1]}" if left else "there is no earlier one")
+        )
+        if self._read_only:
+            return
+        if hosts.is_first():
+            text = json.dumps({"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            with contextlib.suppress(StorageError):  # then the next start finds out again
+                storage.write_bytes(storage.join(self.step_path(step), DAMAGED), text.encode())
+        hosts.agreed("")  # nobody looks before it is written
 
-    def _failed(self, error: Exception) -> CheckpointError:
-        steps = self.steps()
-        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        return CheckpointError(f"saving step {self._saving} in {self.path} failed: {_brief(error)}; {kept}")
+    # ---- inside
+
+    def _open(self) -> None:
+        """Makes the folder, and removes what Orbax left behind of saves that were cut off."""
+        try:
+            if not storage.is_bucket(self.path):
+                os.makedirs(self.path, exist_ok=True)
+            elif self.path.startswith("gs://"):
+                import gcsfs  # noqa: F401 (Orbax needs it)
+        except OSError as error:
+            raise StorageError(f"cannot use {self.path}: {error.strerror or error}") from None
+        except ImportError:
+            raise StorageError(
+                f"checkpoints in {self.path} need another package: pip install 'maxlm[buckets]'"
+            ) from None
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        if hosts.is_first():
+            for name in storage.list_dir(self.path):
+                if "orbax-checkpoint-tmp" in name:
+                    storage.remove_tree(storage.join(self.path, name))
+
+    def _finish(
+        self,
+        step: int,
+        shapes: dict[str, tuple[str, tuple[int, ...]]],
+        taken: Callable[[], dict[str, str]],
+        temporary: bool,
+        count: int,
+    ) -> None:
+        """In the background: waits for Orbax, hashes what it wrote, each host a share, and writes the manifest."""
+        self._orbax.wait_until_finished()
+        folder, topic = self.step_path(step), f"save/{count}"
+        names = manifest.saved_files(folder)[jax.process_index() :: jax.process_count()]
+        parts = hosts.gather(json.dumps(manifest.hash_files(folder, names)), HOSTS_S, topic)
+        if hosts.is_first():
+            files: dict[str, FileRecord] = {}
+            for host, part in enumerate(parts):
+                if part is None:
+                    raise TimeoutError(f"host {host} did not finish its part")
+                files |= {name: FileRecord(*record) for name, record in json.loads(part).items()}
+            found = taken()
+            arrays = {path: ArrayRecord(*shape, found.get(path, "")) for path, shape in shapes.items()}
+            versions = {name: importlib.metadata.version(name) for name in WRITERS}
+            Manifest(
+                step=step, temporary=temporary, files=files, arrays=arrays, run=self._run, versions=versions
+            ).write(folder)
+            self._retire(step)
+        hosts.follow("done" if hosts.is_first() else None, HOSTS_S, topic)
+
+    def _retire(self, newest: int) -> None:
+        """Removes what need not be kept any more. The newest complete step always stays."""
+        steps, keep = self.steps(), {newest}
+        lasting = [step for step in steps if not self._temporary(step)]
+        keep |= set(lasting[-self._config.keep_last :] if self._config.keep_last else lasting)
+        keep |= {step for step in lasting if self._config.keep_every and step % self._config.keep_every == 0}
+        for step in self.folders():
+            if step in keep or (step not in steps and step > min(keep)):
+                continue
+            try:
+                storage.remove_tree(self.step_path(step))
+            except StorageError as error:
+                self._tell(f"an old checkpoint stays: {error}")
+
+    def _temporary(self, step: int) -> bool:
+        try:
+            known = self.manifest(step)
+        except CheckpointError:
+            return False
+        return known is not None and known.temporary
+
+    def _complete(self, step: int) -> bool:
+        names = storage.list_dir(self.step_path(step))
+        return DAMAGED not in names and (manifest.NAME in names or _old(self.path, names))
+
+    def _tell_of_unfinished(self) -> None:
+        for step in self.folders():
+            names = storage.list_dir(self.step_path(step))
+            if not self._complete(step) and DAMAGED not in names:
+                self._tell(
+                    f"{self.step_path(step)} has no {manifest.NAME}: the save was cut off, or the file is lost. "
+                    "It is not used"
+                )
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        """Files that are as they were written and cannot be read are not damaged: another reason, another message."""
+        earlier = [s for s in self.steps() if s < step]
+        way_out = (
+            f"to go on from step {earlier[-1]}, move {self.step_path(step)} away"
+            if earlier
+            else "there is no earlier one"
+        )
+        return CheckpointError(f"cannot read checkpoint {self.step_path(step)}: {_brief(error)}; {way_out}")
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        try:
+            newest = self.latest()
+            kept = "there is no earlier checkpoint" if newest is None else f"the checkpoint of step {newest} is intact"
+            self._remove_leftovers()  # they may be what fills the disk
+        except OSError as other:
+            kept = str(other)
+        return CheckpointError(f"saving step {step} in {self.path} failed: {_brief(error)}; {kept}")
+
+
+def _old(path: str, names: list[str]) -> bool:
+    """Whether these are the files of a complete checkpoint of format 0."""
+    return "default" in names and (not storage.is_bucket(path) or "commit_success.txt" in names)
+
+
+def _place(path: str) -> str:
+    return path if storage.is_bucket(path) else os.path.abspath(path)
 
 
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     system = re.search(r"([^:]+) \[os_error_code=", text)  # tensorstore quotes every layer that the error went through
     return system[1].strip() if system else text[:300]
-
-
-def _map_paths(function: Callable[..., Any], *trees: Any) -> Any:
-    """Maps function(path, *leaves), with paths as those of _leaves."""
-    return jax.tree_util.tree_map_with_path(lambda path, *x: function("/".join(map(_name, path)), *x), *trees)
-
-
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    named = {"/".join(_name(k) for k in path): leaf for path, leaf in flat if hasattr(leaf, "shape")}
-    return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in named.items()}
-
-
-def _name(key: Any) -> str:
-    return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
-
-
-def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first array by which a checkpoint and a run differ, as a phrase; empty when they fit."""
-    for path in [*wanted, *saved]:
-        if path not in saved:
-            return f"it has no {path}"
-        if path not in wanted:
-            return f"its {path} has no place here"
-        if saved[path] != wanted[path]:
-            (shape, dtype), (own_shape, own_dtype) = saved[path], wanted[path]
-            return f"{path} is {dtype}{list(shape)} there and {own_dtype}{list(own_shape)} here"
-    return ""

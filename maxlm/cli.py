@@ -21,6 +21,7 @@ EPILOG = """examples:
   maxlm bench configs/1b.yaml --on v5e:2x4                what a step costs on eight TPUs
   maxlm doctor configs/quickstart.yaml                    is this machine fit for it
   maxlm report runs/a runs/b                              compare two runs
+  maxlm checkpoint verify runs/a                          are its checkpoints what was saved
 """
 
 
@@ -102,9 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_bench(commands)
+    from maxlm import checkpoint_cli
     from maxlm.data import cli as data_cli
 
     data_cli.add_parser(commands)
+    checkpoint_cli.add_parser(commands)
     return parser
 
 

@@ -290,7 +290,12 @@ class CheckpointConfig(Section):
     """When state is saved and what is kept."""
 
     every: Positive = Field(1000, description="Steps between saves; the last step is always saved.")
-    keep_last: Positive = Field(2, description="Newest checkpoints kept.")
+    minutes: float | None = Field(
+        None, gt=0, description="Also save when so many minutes have passed; such a save is kept until the next one."
+    )
+    keep_last: Positive | None = Field(
+        2, description="Newest checkpoints kept, of those at multiples of `every`; null keeps all."
+    )
     keep_every: Positive | None = Field(None, description="Checkpoints at multiples of this step are kept for good.")
     asynchronous: bool = Field(True, description="Write in the background while training goes on.")
 

@@ -132,7 +132,7 @@ class Ending:
                 "step": step,
                 **({"first_step_s": self.loop.first_step_s} if self.loop.first_step_s else {}),
                 "wall_s": self.wall_s,
-                "checkpoint": self.loop.checkpoints.step_path(self.loop.checkpoints.latest()),
+                "checkpoint": self.loop.checkpoints.latest_path(),
                 **more,
             }
         )
@@ -206,5 +206,5 @@ class Ending:
             )
         first = self.loop.first_step_s
         rows["time"] = units.duration(self.wall_s) + (f", first step after {first:.1f} s" if first else "")
-        rows["checkpoint"] = str(self.loop.checkpoints.step_path(self.loop.checkpoints.latest()))
+        rows["checkpoint"] = str(self.loop.checkpoints.latest_path())
         return rows

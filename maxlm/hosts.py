@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from maxlm.config_file import ConfigError
@@ -93,12 +95,13 @@ def end_together() -> Iterator[None]:
         watch.close()
 
 
-def gather(report: str, timeout_s: float) -> list[str | None]:
+def gather(report: str, timeout_s: float, topic: str = "") -> list[str | None]:
     """Collects one text from each host at the first one, without collectives of the devices.
 
     Args:
         report: this host's text.
         timeout_s: how long to wait for each of the others, in seconds.
+        topic: another one each time.
 
     Returns:
         On the first host the texts by host, None for those that did not answer; elsewhere [report].
@@ -106,16 +109,49 @@ def gather(report: str, timeout_s: float) -> list[str | None]:
     client, host, num_hosts = _service()
     if num_hosts == 1:
         return [report]
-    client.key_value_set(f"{_REPORT}{host}", report)
+    client.key_value_set(f"{_REPORT}{topic}/{host}", report)
     if host:
         return [report]
     texts: list[str | None] = []
     for other in range(num_hosts):
         try:
-            texts.append(client.blocking_key_value_get(f"{_REPORT}{other}", int(timeout_s * 1000)))
+            texts.append(client.blocking_key_value_get(f"{_REPORT}{topic}/{other}", int(timeout_s * 1000)))
         except _NO_ANSWER:
             texts.append(None)
     return texts
+
+
+def follow(text: str | None, timeout_s: float, topic: str) -> str:
+    """What the first host says, on all hosts; likewise without collectives.
+
+    Args:
+        text: what it says; None elsewhere.
+        timeout_s: how long to wait for it, in seconds.
+        topic: another one each time.
+
+    Raises:
+        RuntimeError, ValueError: the first host said nothing in that time.
+    """
+    client, host, num_hosts = _service()
+    if num_hosts == 1:
+        assert text is not None
+        return text
+    if host == 0:
+        assert text is not None
+        client.key_value_set(f"{_REPORT}{topic}", text)
+        return text
+    return client.blocking_key_value_get(f"{_REPORT}{topic}", int(timeout_s * 1000))
+
+
+def agreed(text: str) -> list[str]:
+    """The texts of all hosts, cut at 1,000 bytes, on all of them: a collective."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.zeros(1000, np.uint8)
+    data = text.encode()[: own.size]
+    own[: len(data)] = np.frombuffer(data, np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(own))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in found]
 
 
 def is_first() -> bool:

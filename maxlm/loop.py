@@ -56,7 +56,7 @@ class Loop:
         self._peak_flops, self._profile_dir = facts["peak_flops"], profile_dir
         self._callback_stops: str | None = None
         self._tracing = self._told_of_outliers = False
-        self._clock = time.perf_counter()
+        self._clock = self._saved_at = time.perf_counter()
 
     def run(self, state: State, first: int) -> tuple[State, int, str | None]:
         """Trains from a state after `first` steps to the end, or to a stop.
@@ -92,17 +92,16 @@ class Loop:
                 if late:
                     self._report(*late)
                 late = (step, fresh)
-                save = step == total or _due(step, config.checkpoint.every)
+                self.checkpoints.check()
+                due = step == total or _due(step, config.checkpoint.every)
+                stopped_by, save = self._agreed(step, signals.requested or self._callback_stops, due)
                 if save or step == first + 1 or _due(step, config.eval.every):
                     self._report(*late)
                     late = None
-                stopped_by = self._agreed(step, signals.requested or self._callback_stops)
-                if stopped_by and late:
-                    self._report(*late)
                 if _due(step, config.eval.every) and step < total:
                     self.evaluate(state, step)
-                if save or stopped_by:
-                    self._save(state, step)
+                if save:
+                    self._save(state, step, temporary=not due)
         return state, step, stopped_by if step < total else None
 
     def evaluate(self, state: State, step: int) -> dict[str, float]:
@@ -150,30 +149,36 @@ class Loop:
             if callback(step, values):
                 self._callback_stops = "a callback"
 
-    def _save(self, state: State, step: int) -> None:
+    def _save(self, state: State, step: int, temporary: bool) -> None:
         if self.metrics:
             self.metrics.flush()  # no checkpoint is ahead of its metrics
-        self.checkpoints.save(step, state)
-        self._clock = time.perf_counter()
+        self.checkpoints.save(step, state, temporary=temporary)
+        self._clock = self._saved_at = time.perf_counter()
 
     def _rescue(self, state: State, step: int, late: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Saves what is trained before an error of the data ends the run."""
         if jax.process_count() > 1:  # the other hosts are waiting in the step, and cannot join in a save
             return
+        self.checkpoints.wait()
         if late:
             self._report(*late)
         if step and self.checkpoints.latest() != step:
-            self._save(state, step)
+            self._save(state, step, temporary=True)
         self.checkpoints.wait()
 
-    def _agreed(self, step: int, wish: str | None) -> str | None:
-        """What stops the run after this step. Many hosts ask each other now and then: all must leave at one step."""
-        if jax.process_count() == 1:
-            return wish
-        if step % AGREE_EVERY:
-            return None
-        wishes = multihost_utils.process_allgather(np.array(wish is not None))
-        return wish or ("another host" if wishes.any() else None)
+    def _agreed(self, step: int, stop: str | None, save: bool) -> tuple[str | None, bool]:
+        """What stops the run after this step, and whether it is saved.
+
+        Many hosts ask each other now and then: all must leave, and save, at one step.
+        """
+        minutes = self.config.checkpoint.minutes
+        late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
+        if jax.process_count() > 1:
+            if step % AGREE_EVERY:
+                return None, save
+            wishes = multihost_utils.process_allgather(np.array([stop is not None, late]))
+            stop, late = stop or ("another host" if wishes[:, 0].any() else None), bool(wishes[:, 1].any())
+        return stop, save or late or stop is not None
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:

@@ -16,6 +16,7 @@ profile/         when train.profile_steps is set
 import fcntl
 import json
 import os
+import sys
 from typing import IO, Any
 
 import jax
@@ -77,6 +78,14 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def tell(self, text: str) -> None:
+        """Says something on standard error and in train.log, while there is no progress bar."""
+        if not self.primary:
+            return
+        print(text, file=sys.stderr, flush=True)
+        if self.log_file is not None:
+            print(text, file=self.log_file, flush=True)
 
     def check(self, wanted: dict[str, Any]) -> None:
         """Refuses a folder that holds another run.

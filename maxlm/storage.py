@@ -142,6 +142,27 @@ def list_dir(path: str) -> list[str]:
         raise StorageError(f"cannot list {path}: {error.strerror}") from None
 
 
+def list_tree(path: str) -> list[str]:
+    """Sorted names of all files in a folder and its folders, or under a bucket url, relative to it.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    if is_bucket(path):
+        import tensorstore as ts
+
+        root, key = _split(path)
+        low, high = _prefix_range(key)
+        with _bucket_errors("list", path):
+            return sorted(key.decode() for key in _bucket(root).list(ts.KvStore.KeyRange(low, high), len(low)).result())
+
+    def failed(error: OSError) -> None:
+        raise StorageError(f"cannot list {error.filename}: {error.strerror}") from None
+
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(path, onerror=failed) for name in names]
+    return sorted(os.path.relpath(name, path) for name in found)
+
+
 def remove_tree(path: str) -> None:
     """Removes a file or a folder with all it holds; nothing happens if there is none.
 

@@ -93,7 +93,7 @@ def train(
         stack.callback(source.close)
         wanted = identity(config, data_id)
         folder.check(wanted)
-        checkpoints = Checkpoints(folder.path, config.checkpoint)
+        checkpoints = Checkpoints(folder.path, config.checkpoint, run=wanted, tell=folder.tell)
         stack.callback(checkpoints.close)
         done = checkpoints.latest() or 0
         before = folder.read_summary()
@@ -159,9 +159,8 @@ def _open_data(config: Config, function: Callable[[int], HostBatch] | None) -> t
 def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int]:
     """The run's newest checkpoint, else another run's (train.start_from), else a new state."""
     train = program.config.train
-    step = checkpoints.latest()
-    if step is not None:
-        return checkpoints.restore(step, program.state_shapes, program.stack), step
+    if found := checkpoints.restore_newest(program.state_shapes, program.stack):
+        return found
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
     path, at, text = train.start_from.rpartition("@")
@@ -177,4 +176,5 @@ def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int
             )
         if step >= train.num_steps:
             raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
-        return other.restore(step, program.state_shapes, program.stack), step
+        found = None if text else other.restore_newest(program.state_shapes, program.stack)
+        return found or (other.restore(step, program.state_shapes, program.stack), step)

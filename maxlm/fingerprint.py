@@ -1,0 +1,56 @@
+"""Fingerprints of arrays on devices: the same on every mesh, taken before a save and again after a restore.
+
+Each element's bits are mixed with its place and summed, so devices add up what they hold and the order does not matter.
+Not cryptographic: against accidents on the way from device memory to a disk and back, not against forgers.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.model.dropout import GOLDEN, mix_bits
+
+WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def fingerprints(arrays: dict[str, jax.Array]) -> Callable[[], dict[str, str]]:
+    """Starts to take fingerprints, in order with other work of the devices.
+
+    Args:
+        arrays: by name, of types of 8 to 32 bits, sharded in any way.
+
+    Returns:
+        Waits for the 16 hexadecimal digits of each.
+    """
+    on_host = {name for name, x in arrays.items() if x.sharding.memory_kind == "pinned_host"}
+    found = dict(_all({name: x for name, x in arrays.items() if name not in on_host}))
+    for name in on_host:  # one at a time: together they may not fit on the devices
+        x = jax.device_put(arrays[name], arrays[name].sharding.with_memory_kind("device"))
+        found |= jax.block_until_ready(_all({name: x}))
+
+    def wait() -> dict[str, str]:
+        return {name: "{:08x}{:08x}".format(*map(int, np.asarray(words))) for name, words in found.items()}
+
+    return wait
+
+
+@jax.jit
+def _all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    # one program: CPUs deadlock over the sums of several that run at the same time
+    return {name: _fingerprint(x) for name, x in arrays.items()}
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 [2]."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+    sharding, place = jax.typeof(x).sharding, jnp.uint32(1)
+    for dim in range(x.ndim):
+        stride = np.uint32(math.prod(x.shape[dim + 1 :]) * GOLDEN % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=sharding) * stride
+    mixed = mix_bits(words ^ mix_bits(place))
+    return jnp.stack([jnp.sum(h, dtype=jnp.uint32) for h in (mixed, mix_bits(mixed + np.uint32(GOLDEN)))])
