@@ -15,6 +15,8 @@ KINDS = ("bf16", "int8", "fp8")
 def bench_kinds(config: Config, on: str | None, warmup: int, steps: int, top: int) -> dict[str, dict[str, Any]]:
     """Figures of the step with products in each type; rules of the config stay, but for bf16.
 
+    Types that the chip is known not to multiply natively are left out.
+
     Args:
         config: the run.
         on: TPU slice for which it is compiled; None measures here.
@@ -25,8 +27,11 @@ def bench_kinds(config: Config, on: str | None, warmup: int, steps: int, top: in
     Returns:
         bench.bench_compiled's or bench.bench_measured's JSON of each type.
     """
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
+        chip = find(results["bf16"]["device_kind"]) if results else None
+        if chip and (chip.int8_ops if kind == "int8" else chip.fp8_flops) is None:
+            continue
         quant = QuantConfig() if kind == "bf16" else config.quant.model_copy(update={"mode": kind})
         own = config.model_copy(update={"quant": quant})
         if on is not None:

@@ -2,7 +2,7 @@
 
 config.yaml      resolved configuration of the last start
 identity.json    what must not change within a run: model, data, seed, batch, optimizer
-checkpoints/     STEP/ folders, written by Orbax
+checkpoints/     STEP/ folders, written by Orbax, each with a MANIFEST.json
 metrics.jsonl    one line per logged step and per evaluation
 summary.json     where the run stands: status, final figures, baselines, sample, times
 train.log        what was printed

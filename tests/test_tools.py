@@ -51,6 +51,13 @@ def test_bench_cpu():
     assert result["ratio"] > 0
 
 
+def test_bench_checkpoint(tmp_path):
+    result = figures("tools/bench_checkpoint.py", "--mib", "4", "--times", "1", "--folder", str(tmp_path))
+    assert all(seconds > 0 for seconds in result.values())
+    assert result["maxlm complete"] >= result["maxlm blocking"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
 def test_bench_aot():
