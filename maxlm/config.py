@@ -174,6 +174,11 @@ class TrainConfig(Section):
         None,
         description="Start a new run from another run's checkpoint: RUN or RUN@STEP (to branch a cooldown, say).",
     )
+    allow_changed: tuple[str, ...] = Field(
+        (),
+        description="Fields that may differ from what this run was so far, such as [data.stores, train.seed]: a resume "
+        "refuses other models, data, seeds and batches.",
+    )
     compilation_cache: str | None = Field(
         "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
     )

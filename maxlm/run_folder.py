@@ -13,10 +13,12 @@ profile/         when train.profile_steps is set
 .lock            held by the process that trains; local folders only
 """
 
+import difflib
 import fcntl
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import IO, Any
 
 import jax
@@ -87,15 +89,24 @@ class RunFolder:
         if self.log_file is not None:
             print(text, file=self.log_file, flush=True)
 
-    def check(self, wanted: dict[str, Any]) -> None:
+    def check(self, wanted: dict[str, Any], allowed: Sequence[str] = ()) -> None:
         """Refuses a folder that holds another run.
 
         Args:
             wanted: identity of this run.
+            allowed: fields that may differ all the same, such as data.stores or train.seed; it is told.
 
         Raises:
-            ConfigError: names each field that differs, with both values.
+            ConfigError: names each field that differs, with both values; or one of `allowed` is no such field.
         """
+        wanted = json.loads(json.dumps(wanted))
+        fields = _fields(wanted)
+        if unknown := sorted(set(allowed) - fields):
+            near = difflib.get_close_matches(unknown[0], sorted(fields), 3, 0.5)
+            raise ConfigError(
+                f"train.allow_changed: {unknown[0]} is not part of what a run is"
+                + (f"; did you mean {' or '.join(near)}?" if near else "; only what a resume refuses needs it")
+            )
         if self.exists:
             try:
                 there = json.loads(storage.read_bytes(self.file("identity.json")))
@@ -106,12 +117,16 @@ class RunFolder:
                 ) from None
             if isinstance(there, dict):
                 there.setdefault("optim.state_dtype", "float32")  # of runs before there was a choice
-            changes = _changes(there, json.loads(json.dumps(wanted)))
-            if changes:
+            changes = _changes(there, wanted)
+            within = {field: any(field == a or field.startswith(f"{a}.") for a in allowed) for field in changes}
+            if refused := [field for field in changes if not within[field]]:
                 raise ConfigError(
-                    f"{self.path} holds another run: {'; '.join(changes)}. "
-                    "Give this run its own folder (run.name=NAME), or go back to those values"
+                    f"{self.path} holds another run: {'; '.join(changes[field] for field in refused)}. "
+                    "Give this run its own folder (run.name=NAME), go back to those values, or, if the run is to go on "
+                    f"with them, allow it: train.allow_changed=[{','.join(refused)}]"
                 )
+            for text in changes.values():
+                self.tell(f"changed within this run, as allowed: {text}")
         elif storage.exists(self.file("checkpoints")) and storage.list_dir(self.file("checkpoints")):
             raise ConfigError(f"{self.path} has checkpoints but no identity.json; use another run.name")
 
@@ -154,10 +169,19 @@ class RunFolder:
         os.write(self._lock, str(os.getpid()).encode())
 
 
-def _changes(there: Any, here: Any, path: str = "") -> list[str]:
+def _fields(tree: Any, path: str = "") -> set[str]:
+    """Paths of all parts of an identity."""
+    inner = tree.items() if isinstance(tree, dict) else ()
+    return {path} - {""} | {field for key, value in inner for field in _fields(value, f"{path}.{key}".lstrip("."))}
+
+
+def _changes(there: Any, here: Any, path: str = "") -> dict[str, str]:
+    """What differs, as a phrase, by path."""
     if isinstance(there, dict) and isinstance(here, dict):
-        keys = [*there, *(k for k in here if k not in there)]
-        return [c for k in keys for c in _changes(there.get(k), here.get(k), f"{path}.{k}".lstrip("."))]
+        found = {}
+        for key in [*there, *(key for key in here if key not in there)]:
+            found |= _changes(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+        return found
     if there == here:
-        return []
-    return [f"{path} was {json.dumps(there)[:80]} and is {json.dumps(here)[:80]}"]
+        return {}
+    return {path: f"{path} was {json.dumps(there)[:80]} and is {json.dumps(here)[:80]}"}

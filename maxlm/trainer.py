@@ -92,7 +92,7 @@ def train(
         source, data_id = _open_data(config, data)
         stack.callback(source.close)
         wanted = identity(config, data_id)
-        folder.check(wanted)
+        folder.check(wanted, config.train.allow_changed)
         checkpoints = Checkpoints(folder.path, config.checkpoint, run=wanted, tell=folder.tell)
         stack.callback(checkpoints.close)
         done = checkpoints.latest() or 0

@@ -219,6 +219,33 @@ def test_another_run_in_the_same_folder_is_refused(one_run, sections, word):
     assert all(p.read_bytes() == data for p, data in before.items())
 
 
+@pytest.mark.parametrize(
+    ("sections", "allowed", "word"),
+    [
+        ({"train": {"seed": 1}}, ["train.batch_size"], "train.seed was 0 and is 1.*allow_changed=.train.seed"),
+        ({"train": {"seed": 1}, "model": {"d_ff": 32}}, ["train.seed"], "another run: model.d_ff was 28 and is 32. G"),
+        ({"train": {"seed": 1}}, ["train.sed"], "train.sed is not part .* did you mean train.seed"),
+        ({}, ["train.steps"], "train.steps is not part"),
+    ],
+)
+def test_only_what_is_allowed_may_change(one_run, sections, allowed, word):
+    folder, store = one_run
+    sections = {**sections, "train": {**sections.get("train", {}), "allow_changed": allowed}}
+    with pytest.raises(maxlm.ConfigError, match=word):
+        maxlm.train(config(folder.parent, store, **sections))
+
+
+def test_a_change_that_is_allowed_is_told_and_becomes_the_run(tmp_path, store, capsys):
+    maxlm.train(config(tmp_path, store, train={"steps": 2}))
+    train = {"steps": 3, "seed": 1, "batch_size": 16}
+    again = config(tmp_path, store, train={**train, "allow_changed": ["train"]}, data={"shuffle": False})
+    with pytest.raises(maxlm.ConfigError, match="data.shuffle was true and is false"):
+        maxlm.train(again)
+    maxlm.train(config(tmp_path, store, train={**train, "allow_changed": ["train.seed", "train.batch_size"]}))
+    assert "train.batch_size was 8 and is 16" in capsys.readouterr().err
+    assert maxlm.train(config(tmp_path, store, train=train)).status == "already complete"
+
+
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory, store):
     root = tmp_path_factory.mktemp("one")
