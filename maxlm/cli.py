@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from maxlm import heartbeat
 from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
 
 EPILOG = """examples:
@@ -21,6 +22,7 @@ EPILOG = """examples:
   maxlm bench configs/1b.yaml --on v5e:2x4                what a step costs on eight TPUs
   maxlm doctor configs/quickstart.yaml                    is this machine fit for it
   maxlm report runs/a runs/b                              compare two runs
+  maxlm supervise -- train configs/1b.yaml                start again after crashes and hangs
   maxlm checkpoint verify runs/a                          are its checkpoints what was saved
 """
 
@@ -103,11 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_bench(commands)
-    from maxlm import checkpoint_cli
+    from maxlm import checkpoint_cli, supervise
     from maxlm.data import cli as data_cli
 
     data_cli.add_parser(commands)
     checkpoint_cli.add_parser(commands)
+    supervise.add_parser(commands)
     return parser
 
 
@@ -141,6 +144,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    heartbeat.dump_on_request()
     config = load_config(args.config, args.overrides)
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 

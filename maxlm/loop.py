@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from maxlm import flops
 from maxlm.checkpoint import Checkpoints
 from maxlm.feed import Feed
+from maxlm.heartbeat import STEP, beat
 from maxlm.metrics import MetricsWriter
 from maxlm.progress import Progress
 from maxlm.quant_rules import outliers
@@ -106,6 +107,7 @@ class Loop:
 
     def evaluate(self, state: State, step: int) -> dict[str, float]:
         """Held-out loss in nats per token, and bits per byte of text; {} where there is no held-out text."""
+        beat("evaluation", step)
         params = state.get("ema", state["params"])
         sums = [self.program.evaluate(params, batch) for batch in self.feed.heldout_batches(self.config.eval.batches)]
         targets = sum(float(count) for _, count in sums)
@@ -117,6 +119,7 @@ class Loop:
         if self.metrics:
             self.metrics.heldout(step, values)
         self.progress.note(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
+        beat(STEP, step)
         self._clock = time.perf_counter()
         return values
 
@@ -139,6 +142,7 @@ class Loop:
             self.metrics.train(step, values)
         self.progress.update(step, **{name: x for name, x in values.items() if "/" not in name})
         self.step, self.last = step, values
+        beat(STEP, step)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise FloatingPointError(
@@ -150,9 +154,11 @@ class Loop:
                 self._callback_stops = "a callback"
 
     def _save(self, state: State, step: int, temporary: bool) -> None:
+        beat("save", step)
         if self.metrics:
             self.metrics.flush()  # no checkpoint is ahead of its metrics
         self.checkpoints.save(step, state, temporary=temporary)
+        beat(STEP, step)
         self._clock = self._saved_at = time.perf_counter()
 
     def _rescue(self, state: State, step: int, late: tuple[int, dict[str, jax.Array]] | None) -> None:
