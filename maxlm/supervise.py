@@ -174,9 +174,9 @@ def add_parser(subparsers: Any) -> None:
         help="train, and start again after a crash or a hang",
         description="Runs `maxlm train ...` and starts it again, from its newest checkpoint, when it crashes, is "
         "killed or hangs. A hang is no finished step for 20 times the usual step, and --step-limit at least; first "
-        "every thread's stack is printed. It waits longer each time and gives up when several starts in a row do not get "
-        "beyond the same step. SIGTERM and Ctrl-C are passed on: the run saves and ends. On many hosts, start one on "
-        "each.",
+        "every thread's stack is printed. It waits longer each time and gives up when several starts in a row do not "
+        "get beyond the same step. SIGTERM and Ctrl-C are passed on: the run saves and ends. On many hosts, start one "
+        "on each.",
         epilog="example:\n  maxlm supervise -- train configs/quickstart.yaml checkpoint.every=50",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
