@@ -19,7 +19,7 @@ from maxlm.cost import cost_of, top_operations
 from maxlm.ending import bytes_per_device
 from maxlm.hardware import detect
 from maxlm.loss import Batch
-from maxlm.mesh import axis_sizes, check_fit, make_mesh, mesh_text, start_devices
+from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, mesh_text, start_devices
 from maxlm.step import Program, State, build_program
 from maxlm.stop import process_age_s
 from maxlm.topology import topology_devices
@@ -72,7 +72,7 @@ def bench_measured(config: Config, warmup: int, steps: int, profile: str | None,
         device says, None where it does not), and places where profiled.
     """
     import_s = process_age_s()
-    devices = start_devices(config.mesh)
+    config, devices = choose_devices(config, start_devices(config.mesh))
     with hosts.end_together():
         program, compiled, result = _compiled(config, devices)
         with jax.set_mesh(program.mesh), _told_of_memory(devices[0]):

@@ -73,6 +73,12 @@ class MeshConfig(Section):
         description="Rows that a device keeps for tokens of its experts, as a multiple of the mean; what overflows is "
         "dropped and counted as dropped_tokens. null: room for the worst case, nothing is ever dropped.",
     )
+    allowed: tuple[Positive, ...] = Field(
+        (),
+        description="Numbers of devices that the run may have, such as [8, 4, 2]: it takes the largest that is there. "
+        "With fewer than the first the axis of -1 is shorter and a step has more microbatches, so that the global "
+        "batch and what a device holds of it stay.",
+    )
     fake_devices: Positive | None = Field(
         None, description="Run on this many fake CPU devices, to try a mesh without an accelerator."
     )
@@ -83,6 +89,12 @@ class MeshConfig(Section):
         for name in AXES:
             if (size := getattr(self, name)) == 0 or size < -1:
                 raise ValueError(f"{name}={size} is not a number of devices; use 1 or more, or -1 to fill what is left")
+        if self.allowed:
+            first = self.allowed[0]
+            if list(self.allowed) != sorted(set(self.allowed), reverse=True) or any(first % n for n in self.allowed):
+                raise ValueError(f"allowed={list(self.allowed)} must fall, and all must divide the first, as [8, 4, 2]")
+            if not free:
+                raise ValueError(f"allowed={list(self.allowed)} needs an axis that may be shorter: set fsdp=-1, say")
         if len(free) > 1:
             raise ValueError(f"only one axis may be -1, but {' and '.join(free)} are; give one of them a size")
         if self.fake_devices and self.expert_dispatch == "exchange" and self.expert != 1:

@@ -46,6 +46,29 @@ def start_devices(config: MeshConfig) -> list[Any]:
         return jax.devices()
 
 
+def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[Config, list[Any]]:
+    """The devices that a run takes, of those that are there, and its config for them: see mesh.allowed.
+
+    Raises:
+        ConfigError: there are fewer than allowed, more on several hosts, or the microbatches do not divide the batch.
+    """
+    allowed = config.mesh.allowed
+    if not allowed:
+        return config, list(devices)
+    count = next((n for n in allowed if n <= len(devices)), None)
+    if count is None or (count != len(devices) and jax.process_count() > 1):
+        raise ConfigError(f"mesh.allowed={list(allowed)}, but there are {len(devices)} devices")
+    train = config.train
+    num_micro = train.grad_accum * (allowed[0] // count)
+    if train.batch_size % num_micro:
+        raise ConfigError(
+            f"on {count} devices train.batch_size={train.batch_size} would have to be cut into {num_micro} "
+            f"microbatches, which do not divide it; leave {count} out of mesh.allowed={list(allowed)}"
+        )
+    train = train.model_copy(update={"grad_accum": num_micro})
+    return config.model_copy(update={"train": train}), list(devices[:count])
+
+
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Sizes of the logical axes, "slice" first, with -1 filled in.
 

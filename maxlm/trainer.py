@@ -25,7 +25,7 @@ from maxlm.data.loader import identity as data_identity
 from maxlm.feed import DataSource, Feed, HostBatch, StepFunction
 from maxlm.loop import Callback, Loop
 from maxlm.loss import TokenLoss
-from maxlm.mesh import axis_sizes, check_fit, make_mesh, start_devices
+from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
 from maxlm.metrics import MetricsWriter
 from maxlm.progress import Progress
 from maxlm.run_folder import RunFolder, identity
@@ -79,7 +79,7 @@ def train(
     started = time.perf_counter()
 
     # ---- devices and mesh
-    devices = start_devices(config.mesh)
+    config, devices = choose_devices(config, start_devices(config.mesh))
     # the other hosts hear of a failure before what cleans up after it waits for them
     with contextlib.ExitStack() as stack, hosts.end_together():
         sizes = axis_sizes(config.mesh, len(devices))

@@ -105,3 +105,23 @@ def test_model_and_batch_must_divide_over_the_mesh(sections, sizes, words):
         check_fit(small_config(**sections), {"slice": 1, **dict.fromkeys(AXES, 1), **sizes})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_largest_allowed_number_of_devices_is_taken():
+    from maxlm.mesh import choose_devices
+
+    config = small_config(mesh={"fsdp": -1, "allowed": [8, 4, 2]}, train={"batch_size": 16, "grad_accum": 2})
+    for there, taken, num_micro in [(8, 8, 2), (7, 4, 4), (4, 4, 4), (3, 2, 8)]:
+        chosen, devices = choose_devices(config, range(there))
+        assert (len(devices), chosen.train.grad_accum) == (taken, num_micro)
+    with pytest.raises(ConfigError, match="there are 1 devices"):
+        choose_devices(config, range(1))
+    small = small_config(mesh={"fsdp": -1, "allowed": [8, 2]}, train={"batch_size": 2, "grad_accum": 1})
+    with pytest.raises(ConfigError, match="4 microbatches, which do not divide it; leave 2 out"):
+        choose_devices(small, range(2))
+
+
+@pytest.mark.parametrize("mesh", [{"allowed": [2, 4]}, {"allowed": [8, 3]}, {"allowed": [8], "fsdp": 8}], ids=str)
+def test_allowed_numbers_that_make_no_sense_are_refused(mesh):
+    with pytest.raises(ConfigError, match="allowed"):
+        small_config(mesh=mesh)

@@ -267,6 +267,18 @@ def test_what_may_change_does_not_stop_a_resume(one_run):
     assert (result.status, result.step) == ("complete", 3)
 
 
+def test_a_run_shrinks_and_grows_with_the_devices_that_are_there(tmp_path, store):
+    straight = config(tmp_path / "a", store)
+    maxlm.train(straight)
+    for steps, there in [(2, 8), (4, 3), (6, 7)]:
+        mesh = {"data": 2, "fsdp": -1, "tensor": 1, "allowed": [8, 4, 2], "fake_devices": there}
+        moved = config(tmp_path / "b", store, train={"steps": steps}, mesh=mesh)
+        maxlm.train(moved)
+        summary = json.loads((tmp_path / "b" / "r" / "summary.json").read_text())
+        assert summary["num_devices"] == {8: 8, 3: 2, 7: 4}[there]
+    np.testing.assert_allclose(list(rows(moved).values()), list(rows(straight).values()), rtol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, store):
     cfg = config(tmp_path, store, optim={"learning_rate": 1e30, "clip_norm": None}, checkpoint={"every": 1})
     with pytest.raises(FloatingPointError, match=r"step \d.*learning_rate"):
