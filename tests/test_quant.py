@@ -215,6 +215,14 @@ def _results(*settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_what_remat_keeps_of_weights_changes_no_number(kind):
+    kept, none = (results({"mode": kind}, train={"remat": remat}) for remat in ("full", "none"))
+    assert kept[0] == pytest.approx(none[0], rel=1e-6)
+    assert distance(kept[1], none[1]) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "train"),
     [

@@ -170,7 +170,7 @@ def _product(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) ->
 
 def _fwd(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) -> tuple[Any, Any]:
     product, kind = how.product, how.recipe.forward
-    held = None if kind == "bf16" else checkpoint_name(_rounded(w, product, product.summed, kind), KEPT)
+    held = None if kind == "bf16" else _kept(_rounded(w, product, product.summed, kind))
     out = _on_mesh(how.local(w).forward, (x, w, held), lambda: (compute_spec(product.out), P()))
     return out, (x, w, held if how.recipe.kept else None, words, columns)
 
@@ -196,6 +196,12 @@ def _rounded(w: jax.Array, product: Product, summed: str, kind: Kind) -> Rounded
     if _typed():
         w = jax.reshard(w, P(*jax.typeof(w).sharding.spec.partitions))  # its gradient does not come this way
     return round_to(w, product.right, summed, forward_type(kind))
+
+
+def _kept(rounded: Rounded) -> Rounded:
+    """The same, kept by remat policies, as bits: of fp8 values jax.checkpoint would make the largest ones NaN."""
+    bits, scale = checkpoint_name((lax.bitcast_convert_type(rounded.values, jnp.int8), rounded.scale), KEPT)
+    return Rounded(lax.bitcast_convert_type(bits, rounded.values.dtype), scale)
 
 
 def _split(w: jax.Array, dims: str) -> dict[str, tuple[str, ...]]:
