@@ -7,6 +7,7 @@ the one before is taken.
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from maxlm.storage import StorageError
 DAMAGED = "DAMAGED.json"
 """In the folder of a step that is put aside: why, and when."""
 WRITERS = ("maxlm", "jax", "orbax-checkpoint", "tensorstore")
+_COUNT = itertools.count()  # of saves in this process
 HOSTS_S = 1200.0
 """Hosts wait so long for each other's part of a save, in seconds."""
 
@@ -68,7 +70,6 @@ class Checkpoints:
         self._tell = tell or partial(print, file=sys.stderr, flush=True)
         self._pending: tuple[int, Future[None]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="maxlm-save")
-        self._count = 0
         self._aside = set[int]()
         # folders that cannot be made are heard of at once
         options = ocp.AsyncOptions(timeout_secs=int(HOSTS_S), create_directories_asynchronously=False)
@@ -130,8 +131,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._aside.discard(step)
         shapes = {path: (str(x.dtype), tuple(x.shape)) for path, x in named.items()}
-        self._count += 1
-        finish = partial(self._finish, step, shapes, taken, temporary, self._count)
+        finish = partial(self._finish, step, shapes, taken, temporary, next(_COUNT))
         self._pending = step, self._pool.submit(finish)
         if not self._config.asynchronous:
             self.wait()
@@ -166,6 +166,15 @@ class Checkpoints:
             self._orbax.close()
         except Exception as error:
             self._tell(f"a save in the background failed: {_brief(error)}")
+
+    def remove(self, step: int) -> None:
+        """Removes a step; one that is removed in part does not look complete.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        storage.remove_tree(storage.join(self.step_path(step), manifest.NAME))
+        storage.remove_tree(self.step_path(step))
 
     # ---- restores
 
@@ -235,9 +244,9 @@ class Checkpoints:
 
         Raises:
             DamagedError: names a file and what is wrong with it.
-            CheckpointError: it is of a newer maxlm.
+            CheckpointError: it cannot be read, or is of a newer maxlm.
         """
-        known, problem = None, ""
+        known, problem, unreadable = None, "", ""
         try:
             known = self.manifest(step)
             if known:
@@ -245,6 +254,10 @@ class Checkpoints:
                 manifest.check_files(self.step_path(step), known, share)
         except DamagedError as error:
             problem = str(error)
+        except (CheckpointError, StorageError) as error:
+            unreadable = str(error)
+        if unreadable := next(filter(None, hosts.agreed(unreadable)), ""):
+            raise CheckpointError(f"cannot verify checkpoint {self.step_path(step)}: {unreadable}")
         if problem := next(filter(None, hosts.agreed(problem)), ""):
             raise DamagedError(problem)
         if known is None:
@@ -320,17 +333,19 @@ class Checkpoints:
 
     def _retire(self, newest: int) -> None:
         """Removes what need not be kept any more. The newest complete step always stays."""
-        steps, keep = self.steps(), {newest}
-        lasting = [step for step in steps if not self._temporary(step)]
-        keep |= set(lasting[-self._config.keep_last :] if self._config.keep_last else lasting)
-        keep |= {step for step in lasting if self._config.keep_every and step % self._config.keep_every == 0}
-        for step in self.folders():
-            if step in keep or (step not in steps and step > min(keep)):
-                continue
-            try:
-                storage.remove_tree(self.step_path(step))
-            except StorageError as error:
-                self._tell(f"an old checkpoint stays: {error}")
+        try:
+            steps = self.steps()
+            lasting = [step for step in steps if not self._temporary(step)]
+            recent = {newest, *(lasting[-self._config.keep_last :] if self._config.keep_last else lasting)}
+            every = self._config.keep_every
+            kept = recent | {step for step in lasting if every and step % every == 0}
+            for step in self.folders():
+                aside = DAMAGED in storage.list_dir(self.step_path(step))
+                last = min(recent) if aside else newest  # what is put aside may be looked at for a while
+                if step not in kept and (step in steps or step < last):
+                    self.remove(step)
+        except StorageError as error:
+            self._tell(f"an old checkpoint stays: {error}")
 
     def _temporary(self, step: int) -> bool:
         try:

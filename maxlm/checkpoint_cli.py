@@ -62,17 +62,18 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from maxlm.manifest import CheckpointError
+    from maxlm.manifest import CheckpointError, DamagedError
 
     found: dict[int, str] = {}
     with _opened(args.folder) as checkpoints:
         for step in _chosen(args, checkpoints.folders()):
             try:
                 known = checkpoints.verify(step)
-                found[step] = "" if known else "no manifest: it is of an older maxlm"
-                text = f"verified: {len(known.files)} files, {len(known.arrays)} arrays" if known else found[step]
-            except (CheckpointError, storage.StorageError) as error:
-                text = found[step] = f"DAMAGED: {error}"
+                found[step] = ""
+                text = f"verified: {len(known.files)} files" if known else "not verified: it is of an older maxlm"
+            except CheckpointError as error:
+                kind = "DAMAGED" if isinstance(error, DamagedError) else "not verified"
+                text = found[step] = f"{kind}: {error}"
             if not args.json:
                 print(f"{step:>10}  {text}", flush=True)
     if args.json:
@@ -89,7 +90,7 @@ def _rm(args: argparse.Namespace) -> int:
                 "--force removes it all the same"
             )
         for step in chosen:
-            storage.remove_tree(checkpoints.step_path(step))
+            checkpoints.remove(step)
             print(f"removed {checkpoints.step_path(step)}")
     return 0
 
@@ -126,8 +127,11 @@ def _chosen(args: argparse.Namespace, steps: list[int]) -> list[int]:
 def _opened(folder: str) -> Iterator[Any]:
     if not storage.exists(storage.join(folder, "checkpoints")):
         raise ConfigError(f"{folder} is not a run folder with checkpoints")
+    import jax
+
     from maxlm.checkpoint import Checkpoints
     from maxlm.config import CheckpointConfig
 
+    jax.config.update("jax_platforms", "cpu")  # accelerators may be busy training
     with contextlib.closing(Checkpoints(folder, CheckpointConfig(), read_only=True)) as checkpoints:
         yield checkpoints

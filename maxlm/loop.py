@@ -101,8 +101,11 @@ class Loop:
                     late = None
                 if _due(step, config.eval.every) and step < total:
                     self.evaluate(state, step)
+                    beat(STEP, step)
                 if save:
                     self._save(state, step, temporary=not due)
+                    beat(STEP, step)
+            beat("ending", step)
         return state, step, stopped_by if step < total else None
 
     def evaluate(self, state: State, step: int) -> dict[str, float]:
@@ -119,7 +122,6 @@ class Loop:
         if self.metrics:
             self.metrics.heldout(step, values)
         self.progress.note(f"step {step}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()))
-        beat(STEP, step)
         self._clock = time.perf_counter()
         return values
 
@@ -158,13 +160,13 @@ class Loop:
         if self.metrics:
             self.metrics.flush()  # no checkpoint is ahead of its metrics
         self.checkpoints.save(step, state, temporary=temporary)
-        beat(STEP, step)
         self._clock = self._saved_at = time.perf_counter()
 
     def _rescue(self, state: State, step: int, late: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Saves what is trained before an error of the data ends the run."""
         if jax.process_count() > 1:  # the other hosts are waiting in the step, and cannot join in a save
             return
+        beat("ending", step)
         self.checkpoints.wait()
         if late:
             self._report(*late)
@@ -205,6 +207,7 @@ class Loop:
         if inside and not self._tracing:
             jax.profiler.start_trace(self._profile_dir)
         elif self._tracing and not inside:
+            beat("profile", step - 1)
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         self._tracing = inside

@@ -138,6 +138,7 @@ def check_files(folder: str, manifest: Manifest, names: Sequence[str] | None = N
 
     Raises:
         DamagedError: names the first file that is missing, cut off or changed.
+        StorageError: one cannot be read, which may be no fault of the checkpoint's.
     """
 
     def problem(name: str) -> str | None:
@@ -146,8 +147,6 @@ def check_files(folder: str, manifest: Manifest, names: Sequence[str] | None = N
             found = _hash(storage.join(folder, name))
         except FileNotFoundError:
             return f"{name} is missing"
-        except storage.StorageError as error:
-            return str(error)
         if found.size != wanted.size:
             return f"{name} has {found.size:,} bytes, not {wanted.size:,}"
         return None if found == wanted else f"{name} has other bytes than were written (BLAKE3)"

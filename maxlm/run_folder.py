@@ -100,13 +100,6 @@ class RunFolder:
             ConfigError: names each field that differs, with both values; or one of `allowed` is no such field.
         """
         wanted = json.loads(json.dumps(wanted))
-        fields = _fields(wanted)
-        if unknown := sorted(set(allowed) - fields):
-            near = difflib.get_close_matches(unknown[0], sorted(fields), 3, 0.5)
-            raise ConfigError(
-                f"train.allow_changed: {unknown[0]} is not part of what a run is"
-                + (f"; did you mean {' or '.join(near)}?" if near else "; only what a resume refuses needs it")
-            )
         if self.exists:
             try:
                 there = json.loads(storage.read_bytes(self.file("identity.json")))
@@ -117,6 +110,7 @@ class RunFolder:
                 ) from None
             if isinstance(there, dict):
                 there.setdefault("optim.state_dtype", "float32")  # of runs before there was a choice
+            _refuse_unknown(allowed, _fields(wanted) | _fields(there))
             changes = _changes(there, wanted)
             within = {field: any(field == a or field.startswith(f"{a}.") for a in allowed) for field in changes}
             if refused := [field for field in changes if not within[field]]:
@@ -127,7 +121,9 @@ class RunFolder:
                 )
             for text in changes.values():
                 self.tell(f"changed within this run, as allowed: {text}")
-        elif storage.exists(self.file("checkpoints")) and storage.list_dir(self.file("checkpoints")):
+            return
+        _refuse_unknown(allowed, _fields(wanted))
+        if storage.exists(self.file("checkpoints")) and storage.list_dir(self.file("checkpoints")):
             raise ConfigError(f"{self.path} has checkpoints but no identity.json; use another run.name")
 
     def write_config(self, config: Config, wanted: dict[str, Any]) -> None:
@@ -167,6 +163,15 @@ class RunFolder:
             ) from None
         os.ftruncate(self._lock, 0)
         os.write(self._lock, str(os.getpid()).encode())
+
+
+def _refuse_unknown(allowed: Sequence[str], fields: set[str]) -> None:
+    if unknown := sorted(set(allowed) - fields):
+        near = difflib.get_close_matches(unknown[0], sorted(fields), 3, 0.5)
+        raise ConfigError(
+            f"train.allow_changed: {unknown[0]} is not part of what a run is"
+            + (f"; did you mean {' or '.join(near)}?" if near else "; only what a resume refuses needs it")
+        )
 
 
 def _fields(tree: Any, path: str = "") -> set[str]:

@@ -154,7 +154,8 @@ def list_tree(path: str) -> list[str]:
         root, key = _split(path)
         low, high = _prefix_range(key)
         with _bucket_errors("list", path):
-            return sorted(key.decode() for key in _bucket(root).list(ts.KvStore.KeyRange(low, high), len(low)).result())
+            keys = _bucket(root).list(ts.KvStore.KeyRange(low, high), len(low)).result()
+        return sorted(name for name in (key.decode() for key in keys) if name and not name.endswith("/"))  # markers
 
     def failed(error: OSError) -> None:
         raise StorageError(f"cannot list {error.filename}: {error.strerror}") from None

@@ -61,7 +61,9 @@ def supervise(command: Sequence[str], limits: Limits) -> int:
         while True:
             run = _Run(command, os.path.join(folder, "heartbeat"), limits, stop)
             code, why = run.wait()
-            if code in (0, ASKED_WRONGLY, INTERRUPTED) or stop.asked:
+            # what was right once fails for other reasons: a host or a disk that is not back yet
+            final = (0, INTERRUPTED) if furthest else (0, ASKED_WRONGLY, INTERRUPTED)
+            if code in final or stop.asked is not None:
                 return code if code >= 0 else 1
             if run.step > furthest:
                 furthest, failures = run.step, 0
@@ -115,8 +117,10 @@ class _Run:
         open(path, "w").close()
         self._stop, self._intervals = stop, deque[float](maxlen=50)
         self._child = stop.child = subprocess.Popen(command, env={**os.environ, FILE: path})
-        self._last = Beat("start", 0, time.time())
+        self._last, self._changed = Beat("start", 0, 0.0), time.monotonic()
         self.step = 0
+        if stop.asked is not None:  # between two starts
+            self._child.send_signal(signal.SIGTERM)
 
     def wait(self) -> tuple[int, str]:
         """Exit code (negative: the signal that ended it), and what happened, as a phrase."""
@@ -126,7 +130,7 @@ class _Run:
                 self._look()
                 return code, f"it was killed by {_name(-code)}" if code < 0 else f"it failed with exit code {code}"
             self._look()
-            silent_s = time.time() - self._last.time
+            silent_s = time.monotonic() - self._changed
             if silent_s > self._limit_s() and self._stop.asked is None:
                 self._end(silent_s)
                 return -signal.SIGKILL, "it hung and was killed"
@@ -135,16 +139,15 @@ class _Run:
         beat = read_beat(self._path)
         if beat is None or beat == self._last:
             return
-        before, self._last = self._last, beat
+        before, self._last, self._changed = self._last, beat, time.monotonic()
         if beat.phase == before.phase == STEP and beat.step > before.step:
             self._intervals.append((beat.time - before.time) / (beat.step - before.step))
         self.step = max(self.step, beat.step)
 
     def _limit_s(self) -> float:
-        if self._last.phase != STEP:
+        if self._last.phase != STEP or not self._intervals:
             return self._limits.phase_s
-        usual_s = statistics.median(self._intervals) if self._intervals else 0.0
-        return max(self._limits.step_s, HANG_FACTOR * usual_s)
+        return max(self._limits.step_s, HANG_FACTOR * statistics.median(self._intervals))
 
     def _end(self, silent_s: float) -> None:
         """Ends a run that hangs, after it has said where."""

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from maxlm import ending, hosts, storage
-from maxlm.checkpoint import Checkpoints
+from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
 from maxlm.data.build import ensure_stores
@@ -103,7 +103,7 @@ def train(
         # ---- step and state
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, mesh, token_loss)
-        state, first = _first_state(program, checkpoints)
+        state, first = _first_state(program, checkpoints, before)
         folder.write_config(config, wanted)
 
         # ---- loop
@@ -156,11 +156,16 @@ def _open_data(config: Config, function: Callable[[int], HostBatch] | None) -> t
     return Loader(config.data, config.train, config.model.vocab_size), data_identity(config.data)
 
 
-def _first_state(program: Program, checkpoints: Checkpoints) -> tuple[State, int]:
+def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, Any]) -> tuple[State, int]:
     """The run's newest checkpoint, else another run's (train.start_from), else a new state."""
     train = program.config.train
     if found := checkpoints.restore_newest(program.state_shapes, program.stack):
         return found
+    if before.get("checkpoint") and checkpoints.folders():
+        raise CheckpointError(
+            f"this run has been saved in {before['checkpoint']}, but no checkpoint in {checkpoints.path} is complete. "
+            "Move that folder away to begin anew; maxlm checkpoint ls RUN lists what is wrong with each"
+        )
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
     path, at, text = train.start_from.rpartition("@")

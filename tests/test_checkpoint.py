@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm import manifest
+from maxlm import manifest, storage
 from maxlm.checkpoint import DAMAGED, Checkpoints
 from maxlm.cli import main
 from maxlm.config import CheckpointConfig
@@ -143,6 +143,37 @@ def test_a_step_without_manifest_is_not_used_and_said_so(two, tmp_path):
     (tmp_path / "r" / "checkpoints" / "2" / manifest.NAME).unlink()
     _, step, told = restored(tmp_path / "r")
     assert step == 1 and "2 has no MANIFEST.json" in told[0]
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(two, tmp_path, monkeypatch):
+    """A disk or bucket that is away for a while must not cost checkpoints."""
+    shutil.copytree(two, tmp_path / "r")
+
+    def fails(path):
+        raise storage.StorageError(f"cannot read {path}: Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_hash", fails)
+        with pytest.raises(CheckpointError, match="cannot verify .*Stale file handle") as caught:
+            restored(tmp_path / "r")
+        assert not isinstance(caught.value, DamagedError)
+    assert restored(tmp_path / "r")[1] == 2
+
+
+def test_what_is_unfinished_or_damaged_is_removed_in_time(tmp_path):
+    with opened(tmp_path, keep_last=2, keep_every=1) as checkpoints:
+        for step in range(1, 4):
+            checkpoints.save(step, state(step))
+            checkpoints.wait()
+        (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()
+        checkpoints.put_aside(3, "a test")
+        checkpoints.save(4, state(4))
+        checkpoints.wait()
+        assert checkpoints.folders() == [1, 3, 4], "what was cut off goes, what is put aside stays a while"
+        for step in (5, 6):
+            checkpoints.save(step, state(step))
+            checkpoints.wait()
+        assert checkpoints.folders() == [1, 4, 5, 6]
 
 
 def test_a_newer_format_is_refused_and_left_alone(two, tmp_path):

@@ -101,6 +101,21 @@ time.sleep(2.5)
     assert run(tmp_path, body) == (0, 1)
 
 
+def test_long_steps_and_a_long_end_are_no_hang(tmp_path):
+    body = """
+beat("step", 1)
+time.sleep(2.0)  # longer than the least limit, and the first step that is timed
+beat("step", 2)
+beat("ending", 2)
+time.sleep(1.6)
+"""
+    assert run(tmp_path, body) == (0, 1)
+
+
+def test_wrong_settings_are_final_only_before_there_was_a_step(tmp_path):
+    assert run(tmp_path, "beat('step', 4) if starts == 1 else None\nsys.exit([1, 2, 0][starts - 1])") == (0, 3)
+
+
 def test_a_phase_that_never_ends_is_a_hang(tmp_path):
     assert run(tmp_path, "if starts == 1: beat('save', 3); time.sleep(600)", Limits(1.0, 1.5, 3, 0.01)) == (0, 2)
 
