@@ -16,10 +16,11 @@ from helpers import MODEL
 from jax.experimental.compilation_cache import compilation_cache
 
 import maxlm
-from maxlm.checkpoint import Checkpoints
+from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import CheckpointConfig
 from maxlm.data.build import build_store
 from maxlm.mesh import make_mesh
+from maxlm.metrics import read_metrics
 from maxlm.step import build_program
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,14 @@ def test_a_run_shrinks_and_grows_with_the_devices_that_are_there(tmp_path, store
         summary = json.loads((tmp_path / "b" / "r" / "summary.json").read_text())
         assert summary["num_devices"] == {8: 8, 3: 2, 7: 4}[there]
     np.testing.assert_allclose(list(rows(moved).values()), list(rows(straight).values()), rtol=1e-5)
+
+
+def test_lost_manifests_do_not_begin_a_run_anew(tmp_path, store):
+    maxlm.train(config(tmp_path, store, train={"steps": 2}))
+    (tmp_path / "r" / "checkpoints" / "2" / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is complete"):
+        maxlm.train(config(tmp_path, store, train={"steps": 3}))
+    assert read_metrics(str(tmp_path / "r")).train, "metrics stay"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, store):
