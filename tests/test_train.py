@@ -236,6 +236,7 @@ def test_only_what_is_allowed_may_change(one_run, sections, allowed, word):
         maxlm.train(config(folder.parent, store, **sections))
 
 
+@pytest.mark.slow
 def test_a_change_that_is_allowed_is_told_and_becomes_the_run(tmp_path, store, capsys):
     maxlm.train(config(tmp_path, store, train={"steps": 2}))
     train = {"steps": 3, "seed": 1, "batch_size": 16}
@@ -268,6 +269,7 @@ def test_what_may_change_does_not_stop_a_resume(one_run):
     assert (result.status, result.step) == ("complete", 3)
 
 
+@pytest.mark.long
 def test_a_run_shrinks_and_grows_with_the_devices_that_are_there(tmp_path, store):
     straight = config(tmp_path / "a", store)
     maxlm.train(straight)
