@@ -368,14 +368,8 @@ class Checkpoints:
                 )
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
-        """Files that are as they were written and cannot be read are not damaged: another reason, another message."""
-        earlier = [s for s in self.steps() if s < step]
-        way_out = (
-            f"to go on from step {earlier[-1]}, move {self.step_path(step)} away"
-            if earlier
-            else "there is no earlier one"
-        )
-        return CheckpointError(f"cannot read checkpoint {self.step_path(step)}: {_brief(error)}; {way_out}")
+        """Files that are as they were written and cannot be read are not damaged: memory, a disk, another Orbax."""
+        return CheckpointError(f"cannot read checkpoint {self.step_path(step)}: {_brief(error)}")
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         try:

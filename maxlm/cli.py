@@ -225,6 +225,8 @@ def _bench(args: argparse.Namespace) -> int:
         results = bench_quant.bench_kinds(config, args.on, args.warmup, args.steps, args.top)
         if args.on is not None or hosts.is_first():
             print(json.dumps(results) if args.json else bench_quant.show(results))
+        if misfits := [kind for kind, result in results.items() if not bench.fits(result)]:
+            raise RuntimeError(f"the step does not fit into the memory of the device in {' and '.join(misfits)}")
         return 0
     if args.on is not None:
         result = bench.bench_compiled(config, args.on, args.top)

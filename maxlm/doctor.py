@@ -27,7 +27,7 @@ import maxlm
 from maxlm import hosts, storage, units
 from maxlm.config import Config, MeshConfig, RunConfig, TrainConfig
 from maxlm.hardware import detect
-from maxlm.mesh import axis_sizes, check_fit, make_mesh, start_devices
+from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
 from maxlm.mesh_check import COLLECTIVES, Collective, Outcome, check_mesh, sentence, within
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -113,8 +113,9 @@ def examine(config: Config | None, collectives: Sequence[Collective] = COLLECTIV
     def lay() -> list[Row]:
         if not devices:
             return [Row("mesh", "not tried: there are no devices")]
-        meshes.append(make_mesh(mesh_config, devices))
-        return mesh_rows(meshes[0], config)
+        chosen, own = choose_devices(config, devices) if config else (None, devices)
+        meshes.append(make_mesh(mesh_config, own))
+        return mesh_rows(meshes[0], chosen)
 
     def talk() -> list[Row]:
         for mesh in meshes:

@@ -95,8 +95,11 @@ class Loop:
                 late = (step, fresh)
                 self.checkpoints.check()
                 due = step == total or _due(step, config.checkpoint.every)
+                if due or step == first + 1 or _due(step, config.eval.every):
+                    self._report(*late)
+                    late = None
                 stopped_by, save = self._agreed(step, signals.requested or self._callback_stops, due)
-                if save or step == first + 1 or _due(step, config.eval.every):
+                if save and late:
                     self._report(*late)
                     late = None
                 if _due(step, config.eval.every) and step < total:

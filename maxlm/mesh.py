@@ -57,7 +57,8 @@ def choose_devices(config: Config, devices: Sequence[Any]) -> tuple[Config, list
         return config, list(devices)
     count = next((n for n in allowed if n <= len(devices)), None)
     if count is None or (count != len(devices) and jax.process_count() > 1):
-        raise ConfigError(f"mesh.allowed={list(allowed)}, but there are {len(devices)} devices")
+        hosts_text = f" on {jax.process_count()} hosts; start hosts that have one of these" if count else ""
+        raise ConfigError(f"mesh.allowed={list(allowed)}, but there are {len(devices)} devices{hosts_text}")
     train = config.train
     num_micro = train.grad_accum * (allowed[0] // count)
     if train.batch_size % num_micro:

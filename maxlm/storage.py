@@ -127,13 +127,7 @@ def list_dir(path: str) -> list[str]:
         StorageError: it cannot be read.
     """
     if is_bucket(path):
-        import tensorstore as ts
-
-        root, key = _split(path)
-        low, high = _prefix_range(key)
-        with _bucket_errors("list", path):
-            keys = _bucket(root).list(ts.KvStore.KeyRange(low, high), len(low)).result()
-        return sorted({key.decode().split("/")[0] for key in keys})
+        return sorted({name.split("/")[0] for name in list_tree(path)})
     try:
         return sorted(os.listdir(path))
     except FileNotFoundError:

@@ -108,7 +108,7 @@ def test_every_damaged_file_is_found_and_named_and_the_step_before_is_taken(two,
         assert again == 1, "it stays aside"
 
 
-def test_an_array_that_differs_from_what_was_on_the_device_is_found(two, tmp_path, monkeypatch):
+def test_an_array_that_differs_from_what_was_on_the_device_is_found(two, tmp_path):
     """As a flipped bit between memory and disk: the files are what was written, and that was wrong."""
     shutil.copytree(two, tmp_path / "r")
     folder = str(tmp_path / "r" / "checkpoints" / "2")
