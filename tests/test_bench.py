@@ -113,7 +113,7 @@ def test_sources_of_a_program():
     assert sources(text + "  ROOT %b = f32[] add()") == {"fusion.1": "jit(f)/mlp/add"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_products_in_each_type_side_by_side(config, capsys):
     arguments = [config, *SETTINGS, "--quant", "--steps", "2", "mesh.fake_devices=4"]
     code, result = bench(capsys, *arguments)

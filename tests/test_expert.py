@@ -259,6 +259,7 @@ def test_on_tpu_no_expert_computes_rows_of_another():
 
 
 @pytest.mark.tpu
+@pytest.mark.long
 def test_on_tpu_tokens_are_exchanged_and_not_gathered():
     L, width, experts = 3, 512, 16
     model = {"vocab_size": 1024, "num_layers": L, "d_model": width, "d_ff": 256, "num_heads": 8, "num_kv_heads": 8}

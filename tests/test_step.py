@@ -77,6 +77,7 @@ def test_fsdp_over_several_torus_dimensions(torus):
     assert_same_loss_and_grads(loss_and_grads(split, params, batch), loss_and_grads(one, params, batch))
 
 
+@pytest.mark.long
 def test_more_than_ten_kinds_of_layers_run_in_their_order():
     pattern = ["global"] * 11 + ["local"]
     model = {**small_config().model.model_dump(), "num_layers": 12, "layer_pattern": pattern, "sliding_window": 2}
