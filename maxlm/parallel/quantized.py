@@ -169,17 +169,15 @@ def _product(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) ->
 
 
 def _fwd(how: _How, x: jax.Array, w: jax.Array, words: Any, columns: Any) -> tuple[Any, Any]:
-    product, kind = how.product, how.recipe.forward
-    held = None if kind == "bf16" else _kept(_rounded(w, product, product.summed, kind))
-    out = _on_mesh(how.local(w).forward, (x, w, held), lambda: (compute_spec(product.out), P()))
+    product, kind, local = how.product, how.recipe.forward, how.local(w)
+    # whole weights are rounded once; of those split over fsdp, rounding a shard in each pass costs less than keeping it
+    held = None if kind == "bf16" or local.fsdp else _kept(_rounded(w, product, product.summed, kind))
+    out = _on_mesh(local.forward, (x, w, held), lambda: (compute_spec(product.out), P()))
     return out, (x, w, held if how.recipe.kept else None, words, columns)
 
 
 def _bwd(how: _How, saved: Any, cotangents: Any) -> Any:
     x, w, held, words, columns = saved
-    product, kind = how.product, how.recipe.d_activation
-    if held is None and kind != "bf16":
-        held = _rounded(w, product, product.d_left.summed, kind)
 
     def specs() -> Any:
         spec = jax.typeof(w).sharding.spec
