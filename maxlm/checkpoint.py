@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from maxlm import hosts, manifest, storage
 from maxlm.config import CheckpointConfig
 from maxlm.fingerprint import fingerprints
+from maxlm.guard import RECENT
 from maxlm.leaves import difference, map_paths, named_leaves, shapes_of
 from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 from maxlm.restack import Stack
@@ -208,7 +209,8 @@ class Checkpoints:
 
         Args:
             step: one of steps().
-            shapes: the state's tree of ShapeDtypeStruct with shardings (Program.state_shapes).
+            shapes: the state's tree of ShapeDtypeStruct with shardings (Program.state_shapes). What the spike guard
+                remembers (guard.RECENT) need not be on both sides: it is left out.
             stack: how these stack their layers; then a checkpoint of another pipeline, or of none, fits as well.
 
         Raises:
@@ -221,6 +223,7 @@ class Checkpoints:
             saved = shapes_of(self._orbax.metadata(_place(path)).item_metadata)
         except Exception as error:
             raise self._unreadable(step, error) from error
+        shapes, surplus = _as_remembered(saved, shapes)
         wanted = shapes_of(shapes)
         others = {p for p in saved if stack and p in wanted and stack.fits(p, saved[p][0], wanted[p][0])}
         others -= {p for p in others if saved[p] == wanted[p]}
@@ -234,7 +237,8 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
         if known:
             manifest.check_arrays(known, fingerprints(named_leaves(state))())
-        return map_paths(lambda p, x, s: stack.restack(x, s) if stack and p in others else x, state, shapes)
+        state = map_paths(lambda p, x, s: stack.restack(x, s) if stack and p in others else x, state, shapes)
+        return {name: x for name, x in state.items() if name != surplus} if surplus else state
 
     def verify(self, step: int) -> Manifest | None:
         """Reads all files of a step and compares them with its manifest; each host reads a share.
@@ -379,6 +383,16 @@ class Checkpoints:
         except OSError as other:
             kept = str(other)
         return CheckpointError(f"saving step {step} in {self.path} failed: {_brief(error)}; {kept}")
+
+
+def _as_remembered(saved: Mapping[str, Any], shapes: Any) -> tuple[Any, str | None]:
+    """What to read where the spike guard is turned on (what it knows is not there) or off (it has no place)."""
+    if (RECENT in saved) == (RECENT in shapes):
+        return shapes, None
+    if RECENT in shapes:
+        return {name: x for name, x in shapes.items() if name != RECENT}, None
+    shape, dtype = saved[RECENT]
+    return {**shapes, RECENT: jax.ShapeDtypeStruct(shape, dtype, sharding=shapes["step"].sharding)}, RECENT
 
 
 def _old(path: str, names: list[str]) -> bool:

@@ -166,6 +166,17 @@ class TrainConfig(Section):
         "remat=none nothing but the loop changes.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of weights and data order.")
+    max_bad_steps: Positive = Field(
+        3,
+        description="Steps in a row without a finite loss and gradient that end the run. Such a step is skipped: it "
+        "leaves weights and optimizer as they are.",
+    )
+    spike_sigma: float | None = Field(
+        None,
+        gt=0,
+        description="Skip steps whose loss or gradient norm is so many standard deviations above the mean of the 127 "
+        "before (OLMo 2 has 6). null: off.",
+    )
     dropout: BelowOne = Field(
         0.0, description="Share of features dropped after the embedding and after each sublayer, in training alone."
     )

@@ -1,6 +1,9 @@
 """From host rows to global device arrays. A host reads the range of rows from its first to its last device's."""
 
+import contextlib
 import itertools
+import queue
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
@@ -134,3 +137,51 @@ class Feed:
             return jax.make_array_from_callback(spec.shape, spec.sharding, part)
 
         return {key: place(key, value) for key, value in rows.items()}
+
+
+class Ahead:
+    """Takes batches in a thread of its own, so that who waits for one can give up."""
+
+    def __init__(self, batches: Generator[Batch, None, None]):
+        self._batches, self._waiting = batches, False
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="maxlm-feed", daemon=True)
+        self._thread.start()
+
+    def next(self, give_up: Callable[[], bool], poll_s: float = 0.2) -> Batch | None:
+        """The next batch; None where one is told to give up meanwhile, and then the next call waits on.
+
+        Args:
+            give_up: is asked every poll_s.
+            poll_s: seconds.
+
+        Raises:
+            Exception: what reading raised.
+        """
+        if not self._waiting:
+            self._asked.put(True)
+            self._waiting = True
+        while True:
+            with contextlib.suppress(queue.Empty):
+                found = self._found.get(timeout=poll_s)
+                self._waiting = False
+                if isinstance(found, Exception):
+                    raise found
+                return found
+            if give_up():
+                return None
+
+    def close(self) -> None:
+        """Ends the reading; one that hangs is left to the end of the process."""
+        self._asked.put(False)
+        if not self._waiting:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._asked.get():
+            try:
+                self._found.put(next(self._batches))
+            except Exception as error:
+                self._found.put(error)
+        self._batches.close()

@@ -27,6 +27,7 @@ def update(
     opt: Any,
     grads: Any,
     prepare: Callable[[jax.Array], jax.Array],
+    good: jax.Array,
 ) -> tuple[Any, Any]:
     """One optimizer step, of a transformation that treats every element by itself (adamw, sgd, lion).
 
@@ -38,6 +39,7 @@ def update(
         opt: its state, on the host but for scalars.
         grads: gradients in any dtype.
         prepare: makes them what the optimizer takes; called layer by layer, so no second copy of all is made.
+        good: bool scalar, as that of optim.update.
 
     Returns:
         New parameters, and the new state, on the host.
@@ -45,7 +47,7 @@ def update(
 
     def run(part: _Part, params: Any, opt: Any) -> tuple[Any, Any]:
         here, ready = _move(mesh, part.take(opt), ON_DEVICE), jax.tree.map(prepare, part.take(grads))
-        new_params, new_opt = optim.update(tx, part.take(params), here, ready)
+        new_params, new_opt = optim.update(tx, part.take(params), here, ready, good)
         return part.put(params, new_params), part.put(opt, _move(mesh, new_opt, ON_HOST))
 
     for stack in (name for name in STACKS if name in params):

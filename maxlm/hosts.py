@@ -33,7 +33,8 @@ PATIENCE_S = 10.0
 EXIT_S = 60.0
 """A host whose failure is known to the others may clean up for so long."""
 
-_NO_ANSWER = (RuntimeError, ValueError)  # jaxlib raises both
+NO_ANSWER = (RuntimeError, ValueError)
+"""What calls of the coordination service raise; jaxlib has both."""
 _FAILED, _ALIVE, _REPORT = "maxlm/failed/", "maxlm/alive/", "maxlm/report/"
 
 
@@ -81,7 +82,7 @@ def end_together() -> Iterator[None]:
     nothing: where the others' collectives fail they look who gives no sign of life, and where they hang, the first
     host warns and the coordination service ends them all after HEARTBEAT_S. Does nothing on a single host.
     """
-    client, host, num_hosts = _service()
+    client, host, num_hosts = service()
     if num_hosts == 1:
         yield
         return
@@ -106,7 +107,7 @@ def gather(report: str, timeout_s: float, topic: str = "") -> list[str | None]:
     Returns:
         On the first host the texts by host, None for those that did not answer; elsewhere [report].
     """
-    client, host, num_hosts = _service()
+    client, host, num_hosts = service()
     if num_hosts == 1:
         return [report]
     client.key_value_set(f"{_REPORT}{topic}/{host}", report)
@@ -116,8 +117,9 @@ def gather(report: str, timeout_s: float, topic: str = "") -> list[str | None]:
     for other in range(num_hosts):
         try:
             texts.append(client.blocking_key_value_get(f"{_REPORT}{topic}/{other}", int(timeout_s * 1000)))
-        except _NO_ANSWER:
+        except NO_ANSWER:
             texts.append(None)
+    client.key_value_delete(f"{_REPORT}{topic}/")
     return texts
 
 
@@ -132,7 +134,7 @@ def follow(text: str | None, timeout_s: float, topic: str) -> str:
     Raises:
         RuntimeError, ValueError: the first host said nothing in that time.
     """
-    client, host, num_hosts = _service()
+    client, host, num_hosts = service()
     if num_hosts == 1:
         assert text is not None
         return text
@@ -156,7 +158,7 @@ def agreed(text: str) -> list[str]:
 
 def is_first() -> bool:
     """Whether this is the host that prints, known even where devices do not start."""
-    return _service()[1] == 0
+    return service()[1] == 0
 
 
 class _Watch:
@@ -174,7 +176,7 @@ class _Watch:
         self._closing.set()
         self._thread.join(PATIENCE_S)
         if not self._failing.is_set():
-            with contextlib.suppress(*_NO_ANSWER):
+            with contextlib.suppress(*NO_ANSWER):
                 self._client.key_value_delete(f"{_ALIVE}{self._host}")
 
     def failed(self, error: BaseException) -> None:
@@ -182,20 +184,20 @@ class _Watch:
         self._failing.set()
         own = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
         first = {"who": self._name, "what": own}
-        with contextlib.suppress(*_NO_ANSWER):  # without the service there is nobody to tell
+        with contextlib.suppress(*NO_ANSWER):  # without the service there is nobody to tell
             first = self._publish(self._first_failure() or self._dead_host() or first)
         if first["what"] != own:
             _end(self._host, first, f"\nhere, in consequence or not: {own[:500]}")
         # The others end now and meet in no barrier, neither in Orbax's nor in that of jax at exit.
         threading.Thread(target=self._deadline, args=(first,), daemon=True).start()
         atexit.register(_exit)
-        _linger(self._host)
+        linger(self._host)
 
     def _run(self) -> None:
         tick, before = 0, {}
         while not self._closing.wait(POLL_S):
             tick += 1
-            with contextlib.suppress(*_NO_ANSWER):  # a service that is gone for good ends the process itself
+            with contextlib.suppress(*NO_ANSWER):  # a service that is gone for good ends the process itself
                 self._client.key_value_set(f"{_ALIVE}{self._host}", str(tick), allow_overwrite=True)
                 if self._host == 0 and tick % SILENT_ROUNDS == 0:
                     before = self._warn_of_silence(before)
@@ -218,7 +220,7 @@ class _Watch:
 
     def _publish(self, failure: dict[str, str]) -> dict[str, str]:
         """Writes a failure unless there is an earlier one; returns the one that counts."""
-        with contextlib.suppress(*_NO_ANSWER):  # another host was faster
+        with contextlib.suppress(*NO_ANSWER):  # another host was faster
             self._client.key_value_set(f"{_FAILED}first", json.dumps(failure))
         return self._first_failure() or failure
 
@@ -252,12 +254,13 @@ def _end(host: int, failure: Mapping[str, str], more: str = "") -> None:
     console = Console(stderr=True, soft_wrap=True)
     console.show_cursor()  # a progress bar may have hidden it
     console.print(f"\nerror: {failure['who']} {failure['what']}{more}", markup=False, highlight=False)
-    _linger(host)
+    linger(host)
     _exit()
 
 
-def _linger(host: int) -> None:
-    if host == 0:  # the coordination service lives in this process, and the others have yet to read from it
+def linger(host: int | None) -> None:
+    """Before the first of many hosts ends: the coordination service lives there, and the others have yet to read."""
+    if host == 0:
         time.sleep(4 * POLL_S)
 
 
@@ -267,7 +270,7 @@ def _exit() -> None:
     os._exit(1)
 
 
-def _service() -> tuple[Any, int, int]:
+def service() -> tuple[Any, int, int]:
     """The client of the coordination service (None on a single host), this host's number, and their count."""
     # jax gives no public way to its key-value store; multihost_utils and Orbax take this one as well.
     from jax._src import distributed

@@ -1,19 +1,20 @@
-"""The loop over steps: feed, step, metrics a step late, evaluation, saves, stops."""
+"""The loop over steps: feed, step, metrics a step late, evaluation, saves, stops, steps that do not count."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from maxlm import flops
+from maxlm.agreement import SAVE, Agreement
 from maxlm.checkpoint import Checkpoints
-from maxlm.feed import Feed
+from maxlm.feed import Ahead, Feed
 from maxlm.heartbeat import STEP, beat
+from maxlm.loss import Batch
 from maxlm.metrics import MetricsWriter
 from maxlm.progress import Progress
 from maxlm.quant_rules import outliers
@@ -23,8 +24,13 @@ from maxlm.stop import StopSignals, process_age_s
 Callback = Callable[[int, dict[str, float]], bool | None]
 """(finished steps, metrics), called after each step, one step late. Returning True stops the run with a save."""
 
-AGREE_EVERY = 10
-"""Steps between the moments when many hosts agree to stop."""
+
+class Running(NamedTuple):
+    """A step whose metrics have not been read: its number, from 1, its metrics on the devices, and its batch."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
 
 
 class Loop:
@@ -55,67 +61,87 @@ class Loop:
         self.first_step_s: float | None = None
         self._flops_per_token = facts["flops_per_token"]
         self._peak_flops, self._profile_dir = facts["peak_flops"], profile_dir
-        self._callback_stops: str | None = None
+        self._agreement = Agreement(self._leave)
+        self._wish: str | None = None  # agreed on, and not yet obeyed
+        self._bad_steps = 0  # in a row
         self._tracing = self._told_of_outliers = False
         self._clock = self._saved_at = time.perf_counter()
 
     def run(self, state: State, first: int) -> tuple[State, int, str | None]:
-        """Trains from a state after `first` steps to the end, or to a stop.
+        """Trains from a state after `first` steps to the end, or to a stop; what was trained is saved when it returns.
 
         Returns:
             The state, its number of finished steps, and what stopped the run early, if anything.
 
         Raises:
             CheckpointError: a save failed.
-            FloatingPointError: the loss or the gradient is not finite.
+            FloatingPointError: too many steps in a row had no finite loss and gradient.
         """
         config, total = self.config, self.config.train.num_steps
         self._clock = time.perf_counter()
-        late: tuple[int, dict[str, jax.Array]] | None = None
+        step, saved, late = first, first, None
         stopped_by: str | None = None
-        step = first
+        beat("compile", step)
         with (
-            self._signals() as signals,
-            contextlib.closing(self.feed.train_batches(first)) as batches,
+            self._agreement,
+            self._signals(),
+            contextlib.closing(Ahead(self.feed.train_batches(first))) as batches,
             self._profiler(),
         ):
-            while step < total and not stopped_by:
+            while step < total:
+                self._ask_by_clock()
+                if wish := self._wished():
+                    state, late, self._wish = self._read(state, late), None, None
+                    if saved != step:
+                        self._save(state, saved := step, temporary=True)
+                    if wish != SAVE:
+                        stopped_by = wish
+                        break
                 self._profile(step + 1, state)
                 try:
-                    batch = next(batches)
+                    batch = batches.next(give_up=lambda: self._agreement.asked)
                 except Exception:
                     self._rescue(state, step, late)
                     raise
+                if batch is None:
+                    continue
                 state, fresh = self.program.step(state, batch)
                 step += 1
                 # The metrics of the step before are read while this one runs: the devices never wait for the host.
-                # Where something waits for this step anyway it is read at once: what is saved is known to be finite.
-                if late:
-                    self._report(*late)
-                late = (step, fresh)
+                # Where something waits for this step anyway it is read at once: what is saved is known to be good.
+                if (settled := self._read(state, late)) is not state:
+                    state, fresh = self.program.step(settled, batch)  # it changed nothing the first time
+                late = Running(step, fresh, batch)
                 self.checkpoints.check()
                 due = step == total or _due(step, config.checkpoint.every)
                 if due or step == first + 1 or _due(step, config.eval.every):
-                    self._report(*late)
-                    late = None
-                stopped_by, save = self._agreed(step, signals.requested or self._callback_stops, due)
-                if save and late:
-                    self._report(*late)
-                    late = None
+                    state, late = self._read(state, late), None
                 if _due(step, config.eval.every) and step < total:
-                    self.evaluate(state, step)
+                    self.evaluate(state, step, stoppable=True)
                     beat(STEP, step)
-                if save:
-                    self._save(state, step, temporary=not due)
+                if due:
+                    self._save(state, saved := step, temporary=False)
                     beat(STEP, step)
             beat("ending", step)
-        return state, step, stopped_by if step < total else None
+            self.checkpoints.wait()
+        return state, step, stopped_by
 
-    def evaluate(self, state: State, step: int) -> dict[str, float]:
-        """Held-out loss in nats per token, and bits per byte of text; {} where there is no held-out text."""
+    def evaluate(self, state: State, step: int, stoppable: bool = False) -> dict[str, float]:
+        """Held-out loss in nats per token, and bits per byte of text; {} where there is no held-out text.
+
+        Args:
+            state: to evaluate.
+            step: finished steps.
+            stoppable: what stops the run cuts it short, and it returns {}.
+        """
         beat("evaluation", step)
         params = state.get("ema", state["params"])
-        sums = [self.program.evaluate(params, batch) for batch in self.feed.heldout_batches(self.config.eval.batches)]
+        sums = []
+        for batch in self.feed.heldout_batches(self.config.eval.batches):
+            if stoppable and self._wished() not in (None, SAVE):
+                self.progress.note(f"the evaluation of step {step} is cut short")
+                return {}
+            sums.append(self.program.evaluate(params, batch))
         targets = sum(float(count) for _, count in sums)
         if not targets:
             return {}
@@ -128,9 +154,51 @@ class Loop:
         self._clock = time.perf_counter()
         return values
 
-    def _report(self, step: int, device_metrics: dict[str, jax.Array]) -> None:
-        """Reads one step's metrics, logs them and asks the callbacks."""
-        values = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
+    def _read(self, state: State, late: Running | None) -> State:
+        """Reads one step's metrics, logs them and asks the callbacks.
+
+        Args:
+            state: the newest one.
+            late: the step; None does nothing.
+
+        Returns:
+            The state; another one, after `late.step` steps, where that one was skipped and all later ones with it.
+        """
+        if late is None:
+            return state
+        values = _to_host(late.metrics)
+        if values["skipped"]:
+            state, values = self._look_again(state, late, values)
+        self._report(late.step, values)
+        return state
+
+    def _look_again(self, state: State, late: Running, before: dict[str, float]) -> tuple[State, dict[str, float]]:
+        """Runs a step that was skipped once more: the same inputs have to give the same bits.
+
+        Returns:
+            The state after that step, and its metrics, of the second time.
+        """
+        state, metrics = self.program.step(self._at(state, late.step - 1), late.batch)
+        values = _to_host(metrics)
+        seen = [(v["loss"], v["grad_norm"]) for v in (before, values)]
+        if np.array_equal(*seen, equal_nan=True):
+            told = "once more it gives the same bits: it is the data or the model, not the hardware"
+        else:
+            told = (
+                f"once more it gives {seen[1][0]:.6g} and {seen[1][1]:.6g}. The same inputs must give the same bits: "
+                "a fault of the hardware, or on GPUs a program that is not deterministic "
+                "(XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
+            )
+        fate = "it is skipped, weights and optimizer stay as they are" if values["skipped"] else "the second counts"
+        what = f"step {late.step} has the loss {seen[0][0]:.6g} and the gradient norm {seen[0][1]:.6g}"
+        self.progress.note(f"{what}; {told}; {fate}")
+        return self._at(state, late.step), values
+
+    def _at(self, state: State, step: int) -> State:
+        place = self.program.state_shardings["step"]
+        return {**state, "step": jax.make_array_from_callback((), place, lambda _: np.int32(step))}
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
         del values["targets"]
         now = time.perf_counter()
         values["step_time_s"], self._clock = now - self._clock, now
@@ -143,20 +211,31 @@ class Loop:
         if not self._told_of_outliers and (text := outliers(values)):
             self._told_of_outliers = True
             self.progress.note(text)
-        if self.metrics and (_due(step, self.config.log.every) or step == self.config.train.num_steps):
+        skipped = values["skipped"]
+        if self.metrics and (_due(step, self.config.log.every) or step == self.config.train.num_steps or skipped):
             self.metrics.train(step, values)
-        self.progress.update(step, **{name: x for name, x in values.items() if "/" not in name})
-        self.step, self.last = step, values
+        shown = {name: x for name, x in values.items() if "/" not in name and name != "skipped"}
+        self.progress.update(step, **shown)
+        self._agreement.begun, self.step = True, step
         beat(STEP, step)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(
-                    f"the {name} of step {step} is {values[name]}; the newest checkpoint is of step "
-                    f"{self.checkpoints.latest()}. Lower optim.learning_rate or lengthen optim.schedule.warmup_steps"
-                )
+        if not skipped:
+            self.last, self._bad_steps = values, 0
+        elif not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+            self._bad(step, values)
         for callback in self.callbacks:
             if callback(step, values):
-                self._callback_stops = "a callback"
+                self._agreement.ask("a callback")
+
+    def _bad(self, step: int, values: dict[str, float]) -> None:
+        """Counts a step without finite numbers."""
+        self._bad_steps, limit = self._bad_steps + 1, self.config.train.max_bad_steps
+        if self._bad_steps >= limit:
+            name = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
+            before = f", as in the {limit - 1} before" if limit > 1 else ""
+            raise FloatingPointError(
+                f"the {name} of step {step} is {values[name]}{before}; the newest checkpoint is of step "
+                f"{self.checkpoints.latest()}. Lower optim.learning_rate or lengthen optim.schedule.warmup_steps"
+            )
 
     def _save(self, state: State, step: int, temporary: bool) -> None:
         beat("save", step)
@@ -165,35 +244,39 @@ class Loop:
         self.checkpoints.save(step, state, temporary=temporary)
         self._clock = self._saved_at = time.perf_counter()
 
-    def _rescue(self, state: State, step: int, late: tuple[int, dict[str, jax.Array]] | None) -> None:
+    def _rescue(self, state: State, step: int, late: Running | None) -> None:
         """Saves what is trained before an error of the data ends the run."""
         if jax.process_count() > 1:  # the other hosts are waiting in the step, and cannot join in a save
             return
         beat("ending", step)
         self.checkpoints.wait()
-        if late:
-            self._report(*late)
+        state = self._read(state, late)
         if step and self.checkpoints.latest() != step:
             self._save(state, step, temporary=True)
         self.checkpoints.wait()
 
-    def _agreed(self, step: int, stop: str | None, save: bool) -> tuple[str | None, bool]:
-        """What stops the run after this step, and whether it is saved.
+    def _wished(self) -> str | None:
+        """What all hosts do now, if anything; comes before each program that they start together."""
+        self._wish = self._wish or self._agreement.due()
+        return self._wish
 
-        Many hosts ask each other now and then: all must leave, and save, at one step.
-        """
+    def _ask_by_clock(self) -> None:
         minutes = self.config.checkpoint.minutes
-        late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
-        if jax.process_count() > 1:
-            if step % AGREE_EVERY:
-                return None, save
-            wishes = multihost_utils.process_allgather(np.array([stop is not None, late]))
-            stop, late = stop or ("another host" if wishes[:, 0].any() else None), bool(wishes[:, 1].any())
-        return stop, save or late or stop is not None
+        if minutes is not None and jax.process_index() == 0 and time.perf_counter() - self._saved_at > 60 * minutes:
+            self._agreement.ask(SAVE)
+
+    def _leave(self, wish: str) -> None:
+        """Before the process ends because nothing has been trained yet."""
+        newest = self.checkpoints.latest()
+        where = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of step {newest}"
+        self.progress.note(f"stopped by {wish} before a step was finished: nothing is lost, {where}")
+        self.progress.close()
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:
-            self.progress.note(f"{name}: finishing this step and saving; a second Ctrl-C ends at once without a save")
+            if self._agreement.begun:
+                self.progress.note(f"{name}: finishing this step and saving; a second Ctrl-C ends at once, unsaved")
+            self._agreement.ask(name)
 
         def second() -> None:
             saved = self.checkpoints.latest()
@@ -223,6 +306,10 @@ class Loop:
         finally:
             if self._tracing:
                 jax.profiler.stop_trace()
+
+
+def _to_host(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    return {key: float(value) for key, value in jax.device_get(metrics).items()}
 
 
 def _due(step: int, every: int) -> bool:

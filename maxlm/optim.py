@@ -110,7 +110,9 @@ def clip_factor(optim: OptimConfig, grads: Tree, dims: Tree) -> jax.Array:
     return jnp.minimum(1.0, optim.clip_norm / grad_norm(grads, dims, optim.freeze))
 
 
-def update(tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+def update(
+    tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grads: Tree, good: jax.typing.ArrayLike = True
+) -> tuple[Tree, Tree]:
     """One optimizer step; called inside the jitted train step.
 
     Args:
@@ -118,14 +120,16 @@ def update(tx: optax.GradientTransformation, params: Tree, opt_state: Tree, grad
         params: float32 parameters, laid out as they rest.
         opt_state: from tx.init, laid out as its types say.
         grads: float32 gradients, already reduced over devices and laid out like the parameters.
+        good: bool scalar; without it parameters and state stay as they are, counts of updates too.
 
     Returns:
         New parameters and state, with the shardings of the old ones.
     """
     # optax mixes Python floats with integer counts, which strict promotion (our tests) refuses.
     with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        updates, new_state = tx.update(grads, opt_state, params)
+        new = optax.apply_updates(params, updates), new_state
+        return jax.tree.map(partial(jnp.where, good), new, (params, opt_state))
 
 
 def ema_update(ema: Tree, params: Tree, decay: float, step: jax.typing.ArrayLike) -> Tree:

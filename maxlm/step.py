@@ -1,7 +1,10 @@
 """The train step: one pure, jitted, donated function of (state, batch). train, plan and bench build it here.
 
-State is a plain dict: "step" (int32, finished steps), "params" (float32), "opt" (optax state) and, when
-configured, "ema" (float32 averaged weights).
+State is a plain dict: "step" (int32, finished steps), "params" (float32), "opt" (optax state) and, when configured,
+"ema" (float32 averaged weights) and "recent" (guard.judge).
+
+A step that is not to count, such as one with a loss that is not finite, leaves everything as it was and makes
+"step" negative (~step). So do those that follow, until someone has looked and has set it right: see loop.Loop.
 """
 
 from collections.abc import Callable
@@ -11,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm import host_state, optim
+from maxlm import guard, host_state, optim
 from maxlm.compiler_options import Options, compiler_options
 from maxlm.config import Config
 from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss
@@ -135,6 +139,13 @@ class Program:
         """(params, batch, step=0) -> (mean gradients, laid out where parameters are updated, and metrics)."""
         return jax.jit(self._grads, compiler_options=self._options)
 
+    def complete(self, state: State) -> State:
+        """A restored state, and what a spike guard that is new to the run knows."""
+        if guard.RECENT in state or guard.RECENT not in self.state_shapes:
+            return state
+        value, place = np.asarray(guard.no_steps()), self.state_shardings[guard.RECENT]
+        return {**state, guard.RECENT: jax.make_array_from_callback(value.shape, place, lambda at: value[at])}
+
     def lower_step(self) -> Any:
         """The step lowered for this mesh without any array: `.compile()` it for its memory and its program text."""
         with jax.set_mesh(self.mesh):
@@ -156,24 +167,35 @@ class Program:
         state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
         if self.config.optim.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
+        if self.config.train.spike_sigma is not None:
+            state[guard.RECENT] = guard.no_steps()
         return state
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         sums, metrics = self._sums(state["params"], batch, state["step"])
         mean = partial(_mean, metrics["targets"])
         grads, params = jax.tree.map(mean, sums), self._for_update(state["params"])
+        step = state["step"]
+        metrics["grad_norm"] = optim.grad_norm(grads, self.dims)
+        sigma = self.config.train.spike_sigma
+        good, recent = guard.judge(step, metrics["loss"], metrics["grad_norm"], state.get(guard.RECENT), sigma)
+        metrics["skipped"] = 1.0 - good.astype(jnp.float32)
         if self.config.optim.state_on_host:
             factor = optim.clip_factor(self.config.optim, grads, self.dims)
             ready = lambda g: mean(g) * factor  # noqa: E731
-            params, opt = host_state.update(self.optimizer, self.mesh, self.dims, params, state["opt"], sums, ready)
+            params, opt = host_state.update(
+                self.optimizer, self.mesh, self.dims, params, state["opt"], sums, ready, good
+            )
         else:
-            params, opt = optim.update(self.optimizer, params, state["opt"], grads)
+            params, opt = optim.update(self.optimizer, params, state["opt"], grads, good)
         params = jax.tree.map(lambda p, d: jax.reshard(p, param_spec(d)), params, self.dims)
-        new = {"step": state["step"] + 1, "params": params, "opt": opt}
+        new = {"step": jnp.where(good, step + 1, jnp.minimum(step, ~step)), "params": params, "opt": opt}
         if self.config.optim.ema is not None:
-            new["ema"] = optim.ema_update(state["ema"], params, self.config.optim.ema, state["step"])
-        metrics["grad_norm"] = optim.grad_norm(grads, self.dims)
-        metrics["learning_rate"] = jnp.asarray(self.schedule(state["step"]), jnp.float32)
+            ema = optim.ema_update(state["ema"], params, self.config.optim.ema, step)
+            new["ema"] = jax.tree.map(partial(jnp.where, good), ema, state["ema"])
+        if recent is not None:
+            new[guard.RECENT] = recent
+        metrics["learning_rate"] = jnp.asarray(self.schedule(step), jnp.float32)
         return new, metrics
 
     def _for_update(self, tree: Any) -> Any:

@@ -12,7 +12,7 @@ _IMPORTED = time.monotonic()
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; the second SIGINT ends the process.
+    """While entered, the first SIGINT or SIGTERM asks for a stop; the second SIGINT ends the process.
 
     Python runs signal handlers between two bytecodes of the main thread, which may sit in a device's step for minutes.
     So a thread reads the signals as they arrive (signal.set_wakeup_fd), and the second Ctrl-C works at any moment.
@@ -21,7 +21,7 @@ class StopSignals:
 
     def __init__(self, on_first: Callable[[str], None], on_second: Callable[[], None]):
         """Args: on_first: called with what was pressed. on_second: called before the process ends with 130."""
-        self.requested: str | None = None
+        self._requested = False
         self._on_first, self._on_second = on_first, on_second
         self._before: dict[int, Any] = {}
 
@@ -51,9 +51,9 @@ class StopSignals:
                     self._received(data[0])
 
     def _received(self, number: int) -> None:
-        if self.requested is None:
-            self.requested = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            self._on_first(self.requested)
+        if not self._requested:
+            self._requested = True
+            self._on_first("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         elif number == signal.SIGINT:
             self._on_second()
             os._exit(130)  # not sys.exit: background saves and device work must not hold the process

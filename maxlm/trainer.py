@@ -160,7 +160,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, A
     """The run's newest checkpoint, else another run's (train.start_from), else a new state."""
     train = program.config.train
     if found := checkpoints.restore_newest(program.state_shapes, program.stack):
-        return found
+        return program.complete(found[0]), found[1]
     if before.get("checkpoint") and checkpoints.folders():
         raise CheckpointError(
             f"this run has been saved in {before['checkpoint']}, but no checkpoint in {checkpoints.path} is complete. "
@@ -182,4 +182,5 @@ def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, A
         if step >= train.num_steps:
             raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
         found = None if text else other.restore_newest(program.state_shapes, program.stack)
-        return found or (other.restore(step, program.state_shapes, program.stack), step)
+        state, step = found or (other.restore(step, program.state_shapes, program.stack), step)
+        return program.complete(state), step

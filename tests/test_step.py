@@ -154,22 +154,6 @@ def test_a_remat_policy_keeps_what_it_says(remat, kept):
     assert sum(math.prod(shape) for shape in stacked) / (2 * 128) == sum(sizes[letter] for letter in kept) + log_z
 
 
-def temporaries(**train) -> tuple[float, float]:
-    """Temporary bytes of a step, and bytes of its float32 parameters, per device."""
-    model = {**small_config().model.model_dump(), "num_layers": 8, "d_model": 256, "d_ff": 512, "dtype": "bfloat16"}
-    program = program_on(small_config(model=model, train={"batch_size": 8, **train}), fsdp=2)
-    params = sum(4 * x.size for x in jax.tree.leaves(program.state_shapes["params"])) / 2
-    return program.lower_step().compile().memory_analysis().temp_size_in_bytes, params
-
-
-def test_microbatches_need_no_second_copy_of_gradients_and_bfloat16_ones_half_the_memory():
-    one, params = temporaries()
-    four, _ = temporaries(grad_accum=4)
-    assert abs(four - one) < 0.1 * params
-    half, _ = temporaries(grad_accum=4, grad_dtype="bfloat16")
-    assert 0.4 * params < four - half < 0.6 * params
-
-
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("grad_accum", [1, 4])
 def test_bfloat16_gradients_are_rounded_gradients(mesh, grad_accum):

@@ -159,3 +159,25 @@ def test_partial_sums_are_reduced_in_bf16():
     assert not [c for c in found if c.dtype.startswith("s") and np.prod(c.shape) > 1]
     large = [c for c in found if L in c.loops and np.prod(c.shape) >= B * T * D / 8]
     assert {c.dtype for c in large} == {"bf16"}
+
+
+def peak_memory(**train) -> tuple[float, float]:
+    """Peak bytes of a step, and bytes of its float32 parameters, per device."""
+    from jax.experimental import topologies
+
+    model = {**MODEL, "vocab_size": 257, "num_layers": 8, "d_model": 256, "d_ff": 512, "head_dim": 64, "num_heads": 6}
+    model["num_kv_heads"] = 2
+    config = small_config(model=model, train={"batch_size": 16, "seq_len": 16, **QUICK_TO_COMPILE, **train})
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    program = build_program(config, make_mesh(MeshConfig(), devices))
+    params = sum(4 * x.size for x in jax.tree.leaves(program.state_shapes["params"])) / 4
+    return program.lower_step().compile().memory_analysis().peak_memory_in_bytes, params
+
+
+def test_microbatches_need_no_second_copy_of_gradients_and_bfloat16_ones_half_the_memory():
+    """On TPU: on CPU, XLA makes room for new moments beside the old ones, of which a bad step keeps the old."""
+    one, params = peak_memory()
+    four, _ = peak_memory(grad_accum=4)
+    assert abs(four - one) < 0.1 * params
+    half, _ = peak_memory(grad_accum=4, grad_dtype="bfloat16")
+    assert 0.4 * params < four - half < 0.6 * params

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ from maxlm.config import CheckpointConfig
 from maxlm.data.build import build_store
 from maxlm.mesh import make_mesh
 from maxlm.metrics import read_metrics
-from maxlm.step import build_program
+from maxlm.step import Program, build_program
 
 ROOT = Path(__file__).parent.parent
 CACHE: dict[str, str] = {}
@@ -288,6 +289,91 @@ def test_lost_manifests_do_not_begin_a_run_anew(tmp_path, store):
     with pytest.raises(CheckpointError, match="no checkpoint in .* is complete"):
         maxlm.train(config(tmp_path, store, train={"steps": 3}))
     assert read_metrics(str(tmp_path / "r")).train, "metrics stay"
+
+
+def bad_batches(cfg, *steps):
+    """Batches of random tokens; those of some steps (0-based) have a loss that is not a number."""
+
+    def batch(step):
+        tokens = np.random.default_rng(step).integers(0, 257, (8, 33)).astype(np.int32)
+        mask = np.full((8, 32), np.nan if step in steps else 1.0, np.float32)
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+
+    return batch
+
+
+LONG = [pytest.param(optim, marks=pytest.mark.long) for optim in ({"name": "muon"}, {"state_dtype": "int8"})]
+
+
+@pytest.mark.parametrize("optim", [{"state_on_host": True}, *LONG], ids=str)
+def test_a_bad_step_changes_nothing_but_its_count(tmp_path, store, optim):
+    cfg = config(tmp_path, store, optim=optim, checkpoint={"every": 1, "keep_last": None}, train={"steps": 4})
+    assert maxlm.train(cfg, data=bad_batches(cfg, 2)).status == "complete"
+    before, after, later = (final_state(cfg, step) for step in (2, 3, 4))
+    assert int(after.pop("step")) == 3 and int(before.pop("step")) == 2
+    assert_bit_equal(before, after)
+    assert not np.array_equal(after["params"]["embed"], later["params"]["embed"]), "the next one does"
+    assert [row["skipped"] for row in read_metrics(str(tmp_path / "r")).train] == [0, 0, 1, 0]
+    assert "step 3 has the loss nan" in (text := (tmp_path / "r" / "train.log").read_text())
+    assert "the same bits: it is the data or the model" in text
+
+
+def test_a_step_behind_a_bad_one_is_not_lost(tmp_path, store):
+    """It was on its way when the bad one was heard of."""
+    each, late = (config(tmp_path / name, store, checkpoint={"every": n}) for name, n in (("a", 1), ("b", 100)))
+    for cfg in (each, late):
+        maxlm.train(cfg, data=bad_batches(cfg, 3))
+    assert_bit_equal(final_state(each, 6), final_state(late, 6))
+    assert [row["step"] for row in read_metrics(str(tmp_path / "b" / "r")).train] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_bad_step_that_is_good_the_second_time_is_told_from_bad_data(tmp_path, store, monkeypatch):
+    straight, faulty = (config(tmp_path / name, store) for name in "ab")
+    maxlm.train(straight, data=bad_batches(straight))
+    compiled = Program.step.func
+
+    def once_wrong(self):
+        step, done = compiled(self), []
+
+        def run(state, batch):
+            if int(state["step"]) == 2 and not done:
+                done.append(True)
+                batch = {**batch, "mask": batch["mask"] * np.float32(np.nan)}
+            return step(state, batch)
+
+        return run
+
+    broken = cached_property(once_wrong)
+    broken.__set_name__(Program, "step")
+    monkeypatch.setattr(Program, "step", broken)
+    maxlm.train(faulty, data=bad_batches(faulty))
+    assert_bit_equal(final_state(straight, 6), final_state(faulty, 6))
+    assert "a fault of the hardware" in (text := (tmp_path / "b" / "r" / "train.log").read_text())
+    assert "the second counts" in text
+
+
+def test_a_spike_is_skipped_and_the_guard_can_be_turned_on_and_off_within_a_run(tmp_path, store):
+    def batch(step):
+        rng = np.random.default_rng(step)
+        tokens = rng.integers(0, 257 if step == 40 else 4, (8, 33)).astype(np.int32)
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+    guarded = config(tmp_path, store, train={"steps": 39, "spike_sigma": 6.0})
+    maxlm.train(guarded, data=batch)
+    further = config(tmp_path, store, train={"steps": 42, "spike_sigma": 6.0})
+    maxlm.train(further, data=batch)
+    assert [row["step"] for row in read_metrics(str(tmp_path / "r")).train if row["skipped"]] == [41]
+    off = config(tmp_path, store, train={"steps": 43})
+    maxlm.train(off, data=batch)
+    on = config(tmp_path, store, train={"steps": 44, "spike_sigma": 6.0})
+    assert maxlm.train(on, data=batch).step == 44
+    assert set(final_state(on, 44)) - set(final_state(off, 43)) == {"recent"}
+
+
+def test_bad_steps_in_a_row_end_the_run(tmp_path, store):
+    cfg = config(tmp_path, store, train={"max_bad_steps": 2, "steps": 9}, checkpoint={"every": 1})
+    with pytest.raises(FloatingPointError, match="step 5 is nan, as in the 1 before"):
+        maxlm.train(cfg, data=bad_batches(cfg, 1, 3, 4, 5))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, store):
