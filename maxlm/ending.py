@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from maxlm import flops, report, units
+from maxlm import flops, goodput, report, units
 from maxlm.config import Config
 from maxlm.data.baseline import ngram_bits_per_byte
 from maxlm.data.loader import Loader
@@ -156,12 +156,14 @@ class Ending:
             f"stopped by {stopped_by} after step {step}, which is saved in {self.loop.checkpoints.path}.\n"
             "Run the same command again to continue."
         )
+        self.loop.progress.note(summary_table(goodput.rows(self.loop.ledger.goodput())))
 
     def complete(self, state: State, step: int) -> dict[str, float]:
         """After the last step. Returns the final figures."""
         note = self.loop.progress.note
         last = self.loop.last or read_metrics(self.folder.path).train[-1]  # a run killed before its last evaluation
         final = {"train_loss": last["loss"], **self.loop.evaluate(state, step)}
+        self.loop.enter("ending", step)
         more: dict[str, Any] = {"final": final}
         stores = self.source.stores if isinstance(self.source, Loader) and self.folder.primary else []
         if len(stores) == 1 and "heldout_loss" in final:  # a mixture has no one split to count on
@@ -171,6 +173,7 @@ class Ending:
         self.write(step, "complete", **more)
         note(summary_table(self._closing_rows(final, more)))
         if self.folder.primary:
+            self.loop.ledger.write()
             paths = report.write_report([self.folder.path])
             note("report       " + "\n             ".join(str(path) for path in paths))
         return final
@@ -206,5 +209,6 @@ class Ending:
             )
         first = self.loop.first_step_s
         rows["time"] = units.duration(self.wall_s) + (f", first step after {first:.1f} s" if first else "")
+        rows |= goodput.rows(self.loop.ledger.goodput())
         rows["checkpoint"] = str(self.loop.checkpoints.latest_path())
         return rows

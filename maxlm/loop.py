@@ -13,7 +13,9 @@ from maxlm import flops
 from maxlm.agreement import SAVE, Agreement
 from maxlm.checkpoint import Checkpoints
 from maxlm.feed import Ahead, Feed
+from maxlm.goodput import COMPILE, DATA
 from maxlm.heartbeat import STEP, beat
+from maxlm.ledger import Ledger
 from maxlm.loss import Batch
 from maxlm.metrics import MetricsWriter
 from maxlm.progress import Progress
@@ -50,12 +52,14 @@ class Loop:
         checkpoints: Checkpoints,
         metrics: MetricsWriter | None,
         progress: Progress,
+        ledger: Ledger,
         callbacks: Sequence[Callback],
         facts: dict[str, Any],
         profile_dir: str,
     ):
         self.program, self.config, self.feed = program, program.config, feed
         self.checkpoints, self.metrics, self.progress, self.callbacks = checkpoints, metrics, progress, callbacks
+        self.ledger = ledger
         self.step = 0
         self.last: dict[str, float] = {}
         self.first_step_s: float | None = None
@@ -81,7 +85,7 @@ class Loop:
         self._clock = time.perf_counter()
         step, saved, late = first, first, None
         stopped_by: str | None = None
-        beat("compile", step)
+        self.enter(COMPILE, step)
         with (
             self._agreement,
             self._signals(),
@@ -98,6 +102,7 @@ class Loop:
                         stopped_by = wish
                         break
                 self._profile(step + 1, state)
+                self.ledger.enter(DATA)
                 try:
                     batch = batches.next(give_up=lambda: self._agreement.asked)
                 except Exception:
@@ -105,26 +110,34 @@ class Loop:
                     raise
                 if batch is None:
                     continue
+                self.ledger.enter(STEP if step > first else COMPILE)
                 state, fresh = self.program.step(state, batch)
+                self.ledger.enter(STEP)
                 step += 1
                 # The metrics of the step before are read while this one runs: the devices never wait for the host.
                 # Where something waits for this step anyway it is read at once: what is saved is known to be good.
+                # So are the first two, and the ledger knows how long the devices take for one.
                 if (settled := self._read(state, late)) is not state:
                     state, fresh = self.program.step(settled, batch)  # it changed nothing the first time
                 late = Running(step, fresh, batch)
                 self.checkpoints.check()
                 due = step == total or _due(step, config.checkpoint.every)
-                if due or step == first + 1 or _due(step, config.eval.every):
+                if due or step <= first + 2 or _due(step, config.eval.every):
                     state, late = self._read(state, late), None
                 if _due(step, config.eval.every) and step < total:
                     self.evaluate(state, step, stoppable=True)
-                    beat(STEP, step)
+                    self.enter(STEP, step)
                 if due:
                     self._save(state, saved := step, temporary=False)
-                    beat(STEP, step)
-            beat("ending", step)
+                    self.enter(STEP, step)
+            self.enter("ending", step)
             self.checkpoints.wait()
         return state, step, stopped_by
+
+    def enter(self, phase: str, step: int) -> None:
+        """Tells the supervisor and the ledger what the run does from now on, and its newest finished step."""
+        beat(phase, step)
+        self.ledger.enter(phase, step)
 
     def evaluate(self, state: State, step: int, stoppable: bool = False) -> dict[str, float]:
         """Held-out loss in nats per token, and bits per byte of text; {} where there is no held-out text.
@@ -134,7 +147,7 @@ class Loop:
             step: finished steps.
             stoppable: what stops the run cuts it short, and it returns {}.
         """
-        beat("evaluation", step)
+        self.enter("evaluation", step)
         params = state.get("ema", state["params"])
         sums = []
         for batch in self.feed.heldout_batches(self.config.eval.batches):
@@ -217,7 +230,7 @@ class Loop:
         shown = {name: x for name, x in values.items() if "/" not in name and name != "skipped"}
         self.progress.update(step, **shown)
         self._agreement.begun, self.step = True, step
-        beat(STEP, step)
+        self.enter(STEP, step)
         if not skipped:
             self.last, self._bad_steps = values, 0
         elif not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
@@ -238,7 +251,7 @@ class Loop:
             )
 
     def _save(self, state: State, step: int, temporary: bool) -> None:
-        beat("save", step)
+        self.enter("save", step)
         if self.metrics:
             self.metrics.flush()  # no checkpoint is ahead of its metrics
         self.checkpoints.save(step, state, temporary=temporary)
@@ -248,7 +261,7 @@ class Loop:
         """Saves what is trained before an error of the data ends the run."""
         if jax.process_count() > 1:  # the other hosts are waiting in the step, and cannot join in a save
             return
-        beat("ending", step)
+        self.enter("ending", step)
         self.checkpoints.wait()
         state = self._read(state, late)
         if step and self.checkpoints.latest() != step:
@@ -293,7 +306,7 @@ class Loop:
         if inside and not self._tracing:
             jax.profiler.start_trace(self._profile_dir)
         elif self._tracing and not inside:
-            beat("profile", step - 1)
+            self.enter("profile", step - 1)
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         self._tracing = inside

@@ -5,6 +5,7 @@ identity.json    what must not change within a run: model, data, seed, batch, op
 checkpoints/     STEP/ folders, written by Orbax, each with a MANIFEST.json
 metrics.jsonl    one line per logged step and per evaluation
 summary.json     where the run stands: status, final figures, baselines, sample, times
+goodput.json     where the time of each start went
 train.log        what was printed
 report.html      drawn at the end, and by `maxlm report`
 loss.png

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from maxlm import ending, hosts, storage
+from maxlm import ending, hosts, ledger, storage
 from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
@@ -107,11 +107,13 @@ def train(
         folder.write_config(config, wanted)
 
         # ---- loop
+        age_s = ledger.age_s(time.perf_counter() - started)
+        book = stack.enter_context(ledger.Ledger(folder.path, first, mesh.size, age_s, folder.primary, folder.tell))
         facts = ending.facts(program, sizes)
         progress = stack.enter_context(_progress(config, folder, facts, first))
         metrics = stack.enter_context(_metrics(config, folder, first)) if folder.primary else None
         feed = Feed(program, source)
-        loop = Loop(program, feed, checkpoints, metrics, progress, callbacks, facts, folder.file("profile"))
+        loop = Loop(program, feed, checkpoints, metrics, progress, book, callbacks, facts, folder.file("profile"))
         finish = ending.Ending(loop, folder, source, facts, started)
         ending.show(loop, facts, folder, source, first)
         with finish.told(first):

@@ -8,7 +8,7 @@ from gcs import gcs_bucket
 from helpers import MODEL
 
 import maxlm
-from maxlm import storage
+from maxlm import goodput, storage
 
 
 def config(root, steps, **checkpoint):
@@ -33,8 +33,9 @@ def test_a_run_in_a_bucket_resumes_as_a_local_one_does(tmp_path):
         assert maxlm.train(config(root, 4)).status == "already complete"
         assert maxlm.train(config(root, 6)).step == 6
         there = storage.list_dir(f"{root}/runs/r")
-        assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "loss.png"} <= set(there)
+        assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "loss.png", "goodput.json"} <= set(there)
         assert storage.list_dir(f"{root}/runs/r/checkpoints") == ["4", "6"]
+        assert [(s.first, s.step) for s in goodput.read(f"{root}/runs/r")] == [(0, 4), (4, 6)]
         bucket = storage.read_bytes(f"{root}/runs/r/metrics.jsonl").decode()
     maxlm.train(config(tmp_path, 6))
     local = Path(tmp_path, "runs", "r", "metrics.jsonl").read_text()

@@ -1,7 +1,7 @@
 """Reports of runs for people: a page to look at, a text for the terminal, and the numbers behind both.
 
-Input is what a run leaves in its folder: config.yaml, metrics.jsonl and, once it has ended, summary.json. A run that
-is still going, or was cut off, gives a report of what there is.
+Input is what a run leaves in its folder: config.yaml, metrics.jsonl, goodput.json and, once it has ended, summary.json.
+A run that is still going, or was cut off, gives a report of what there is.
 """
 
 from collections.abc import Sequence

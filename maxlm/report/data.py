@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from maxlm import flops, storage
+from maxlm import flops, goodput, storage
 from maxlm.config import ModelConfig
 from maxlm.metrics import FILE, Metrics, read_metrics
 
@@ -25,6 +25,7 @@ class Run:
         config_text: config.yaml as it is.
         metrics: rows of metrics.jsonl.
         summary: summary.json; empty while the run goes on.
+        time: from goodput.json; None where that is missing or damaged.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Run:
     config_text: str
     metrics: Metrics
     summary: dict[str, Any]
+    time: goodput.Goodput | None
 
     def column(self, name: str, steady: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of the training rows that have a value called name; steady ones only, if asked for."""
@@ -72,13 +74,13 @@ def facts(run: Run) -> dict[str, Any]:
 
     Losses are in nats per token, baselines in bits per byte of held-out text. train_loss is the mean over the last
     twentieth of the rows (100 at most), since a single batch is noisy; tokens_per_s, step_time_s and mfu are medians
-    without the rows that follow a start.
+    without the rows that follow a start. goodput is a share from 0 to 1 of the time that seconds_by_phase adds up to.
     """
     summary, train, heldout = run.summary, run.metrics.train, run.metrics.heldout
     final = summary.get("final") or {}
     steady = run.steady_rows()
     last_heldout = heldout[-1] if heldout else final
-    known = {
+    known: dict[str, Any] = {
         "name": run.name,
         "path": run.path,
         "status": _status(run),
@@ -93,6 +95,10 @@ def facts(run: Run) -> dict[str, Any]:
         "mfu": _median(steady, "mfu", final),
         "first_step_s": summary.get("first_step_s"),
         "wall_s": summary.get("wall_s", train[-1].get("time", 0) - train[0].get("time", 0) if train else None),
+        "goodput": run.time and run.time.fraction,
+        "seconds_by_phase": run.time and run.time.seconds,
+        "lost_steps": run.time and run.time.lost_steps,
+        "device_hours": run.time and run.time.device_hours,
         "num_devices": summary.get("num_devices"),
         "device_kind": summary.get("device_kind"),
         "mesh": summary.get("mesh"),
@@ -145,7 +151,16 @@ def _load_run(path: str) -> Run:
         raise ValueError(f"{path} holds no run: it has none of config.yaml, {FILE} and summary.json")
     config = _parse(path, "config.yaml", config_text, yaml.safe_load)
     name = (config.get("run") or {}).get("name") or path.rstrip("/").rsplit("/", 1)[-1]
-    return Run(name, path, config, config_text, metrics, _parse(path, "summary.json", summary_text, json.loads))
+    summary = _parse(path, "summary.json", summary_text, json.loads)
+    return Run(name, path, config, config_text, metrics, summary, _time(path))
+
+
+def _time(path: str) -> goodput.Goodput | None:
+    try:
+        starts = goodput.read(path)
+    except (ValueError, OSError):  # the rest is worth a report without it
+        return None
+    return goodput.summarize(starts) if starts else None
 
 
 def _read(path: str, name: str) -> str:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxlm import units
+from maxlm import goodput, units
 from maxlm.report import charts
 from maxlm.report.data import Run, differences, facts, printable
 from maxlm.report.style import CSS
@@ -23,9 +23,21 @@ _NUMBERS = (
     ("step_time_s", "step time", units.duration, True),
     ("first_step_s", "to first step", units.duration, True),
     ("wall_s", "wall time", units.duration, None),
+    ("goodput", "goodput", "{:.1%}".format, False),
     ("tokens", "tokens seen", units.count, None),
     ("params", "parameters", units.count, None),
 )
+_PHASE_COLORS = {
+    "step": "s0",
+    "data": "s1",
+    "compile": "s3",
+    "save": "s2",
+    "evaluation": "s5",
+    "start": "s4",
+    "ending": "s7",
+    "lost": "s6",
+    "idle": "line",
+}
 # Left out of comparisons, whose table must fit a screen; tokens/s says the same.
 _ONE_RUN_ONLY = ("step_time_s", "first_step_s")
 
@@ -56,6 +68,7 @@ def _one_run(run: Run) -> str:
         _loss_card([run], _legend_one(run, known)),
         _baselines(known),
         _small_charts([run]),
+        _time(run.time),
         _sample(run),
         f'<div class="grid">{_memory(known)}{_parameters(known)}</div>',
         _notes(known),
@@ -137,6 +150,30 @@ def _baselines(known: Mapping[str, Any]) -> str:
         bars.append(f'<dt{own}>{_esc(name)}</dt><dd{own}><i style="width:{width:.1f}%"></i><b>{value:.3f}</b></dd>')
     title = "Against counting <small>bits per byte of held-out text, less is better</small>"
     return _card(title, f"<dl>{''.join(bars)}</dl>")
+
+
+def _time(spent: goodput.Goodput | None) -> str:
+    """Where the time went: one bar of all phases, and a table of them."""
+    if spent is None or not spent.total_s:
+        return ""
+    bar, lines = [], []
+    for phase, seconds in spent.seconds.items():
+        name, share = goodput.PHASES.get(phase, phase), 100 * seconds / spent.total_s
+        color = f"background:var(--{_PHASE_COLORS.get(phase, 'muted')})"
+        bar.append(f'<i style="width:{share:.3f}%;{color}" title="{_esc(name)}"></i>')
+        lines.append(
+            f'<tr><th><i style="{color}"></i>{_esc(name)}</th><td>{_esc(units.duration(seconds))}</td>'
+            f"<td>{share:.1f}%</td></tr>"
+        )
+    facts = [f"goodput {spent.fraction:.1%} of {units.duration(spent.total_s)}"]
+    if goodput.IDLE in spent.seconds:
+        facts.append(f"{spent.running:.1%} without the time between starts")
+    facts.append(f"{spent.starts:,} start{'s' * (spent.starts > 1)}")
+    if spent.lost_steps:
+        facts.append(f"{spent.lost_steps:,} step{'s' * (spent.lost_steps > 1)} done again")
+    facts.append(f"{spent.device_hours:.3g} device-hours")
+    title = f"Where the time went <small>{_esc(', '.join(facts))}</small>"
+    return _card(title, f'<div class="stack">{"".join(bar)}</div><table class="time">{"".join(lines)}</table>')
 
 
 def _sample(run: Run) -> str:

@@ -45,6 +45,10 @@ dd i { height: 18px; border-radius: 0 4px 4px 0; background: var(--line); min-wi
 dd b { font-weight: 500; font-variant-numeric: tabular-nums; margin-right: -56px; }
 dt.own { color: var(--ink); font-weight: 600; }
 dd.own i { background: var(--s0); }
+.stack { display: flex; height: 18px; margin-bottom: 10px; border-radius: 4px; overflow: hidden; }
+.stack i { flex: none; }
+.time { max-width: 520px; }
+.time td { width: 90px; }
 blockquote, pre { margin: 0; font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 mark { background: var(--tint); color: inherit; border-radius: 3px; padding: 1px 0; }
