@@ -14,7 +14,7 @@ from maxlm.heartbeat import STEP
 from maxlm.stop import process_age_s
 
 EVERY_S, BUCKET_EVERY_S = 10.0, 60.0
-"""Seconds between two writes, at least; saves are recorded at once."""
+"""Seconds between two writes, at least; saves and the compilation are recorded at once."""
 _NUM_STARTS = itertools.count()
 
 
@@ -94,7 +94,7 @@ class Ledger:
             self._start.step, self._unfinished_s = step, 0.0
         if step is not None and phase == STEP:
             self._devices.finished(step, self._since)
-        if self._since - self._written >= self._every_s or (left == "save" and phase != "save"):
+        if self._since - self._written >= self._every_s or (left in ("save", COMPILE) and phase != left):
             self._write_soon()
 
     def goodput(self) -> Goodput:

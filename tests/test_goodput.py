@@ -205,7 +205,7 @@ def test_starts_are_added_to_those_before(tmp_path, clock):
     assert told == summarize(read(str(tmp_path)))
 
 
-def test_it_is_written_now_and_then_and_after_each_save(tmp_path, clock):
+def test_it_is_written_now_and_then_and_after_saves_and_compilation(tmp_path, clock):
     def written():
         book._writer.join()
         return read(str(tmp_path))[-1].step
@@ -223,6 +223,10 @@ def test_it_is_written_now_and_then_and_after_each_save(tmp_path, clock):
     assert written() == 2
     book.enter("step", 3)
     assert written() == 3
+    book.enter("compile", 4)
+    assert written() == 3
+    book.enter("step", 4)
+    assert written() == 4
 
 
 def test_what_a_start_did_after_its_newest_step_is_lost_with_an_error(tmp_path, clock):
