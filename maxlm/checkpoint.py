@@ -90,7 +90,7 @@ class Checkpoints:
 
     def folders(self) -> list[int]:
         """Steps of all there is, usable or not, oldest first."""
-        return sorted(int(name) for name in storage.list_dir(self.path) if name.isdigit())
+        return sorted(int(name) for name in storage.list_dir(self.path) if re.fullmatch(r"0|[1-9][0-9]*", name))
 
     def manifest(self, step: int) -> Manifest | None:
         """That of a step; None of steps from before there were manifests.

@@ -104,7 +104,7 @@ def _row(checkpoints: Any, step: int) -> dict[str, Any]:
     if DAMAGED in storage.list_dir(folder):
         try:
             reason = json.loads(storage.read_bytes(storage.join(folder, DAMAGED)))["reason"]
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError, RecursionError):
             reason = "nothing says what is wrong"
         return {"step": step, "size": None, "state": f"DAMAGED, not used: {reason}"}
     try:

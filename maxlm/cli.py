@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from maxlm import heartbeat
+from maxlm import heartbeat, places
 from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
 
 EPILOG = """examples:
@@ -248,5 +248,5 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {places.redacted(str(error))}", file=sys.stderr)
     return code

@@ -14,8 +14,10 @@ from maxlm.config_model import (
     BelowOne,
     Count,
     Fraction,
+    Integer,
     ModelConfig,
     NonNegative,
+    Place,
     Positive,
     Section,
     divisor_at_most,
@@ -27,7 +29,7 @@ class RunConfig(Section):
     """Where a run lives and what it is called."""
 
     name: str = Field("run", description="Name of the run; its folder is root/name.", pattern=r"^[A-Za-z0-9][\w.\-]*$")
-    root: str = Field("runs", description="Folder or gs:// bucket that holds runs.")
+    root: Place = Field("runs", description="Folder or gs:// bucket that holds runs.")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -45,18 +47,18 @@ class MeshConfig(Section):
     slices: Positive = Field(
         1, description="Slices joined by the data-centre network; each holds all axes, and they are replicas."
     )
-    data: int = Field(1, description="Replicas of the weights, in devices.")
-    stage: int = Field(1, description="Pipeline stages: devices that hold different layers.")
+    data: Integer = Field(1, description="Replicas of the weights, in devices.")
+    stage: Integer = Field(1, description="Pipeline stages: devices that hold different layers.")
     rounds: Positive = Field(
         1, description="Shares of layers per stage; each microbatch passes the stages this often, with less idling."
     )
     pipeline: Literal["1f1b", "gpipe"] = Field(
         "1f1b", description="Pipeline schedule; 1f1b keeps the same few microbatches however many there are."
     )
-    fsdp: int = Field(-1, description="Devices that share one copy of the weights; -1 fills what is left.")
-    expert: int = Field(1, description="Devices that hold different experts, and different sequences elsewhere.")
-    context: int = Field(1, description="Devices that split each sequence.")
-    tensor: int = Field(1, description="Devices that split heads, MLP width and vocabulary.")
+    fsdp: Integer = Field(-1, description="Devices that share one copy of the weights; -1 fills what is left.")
+    expert: Integer = Field(1, description="Devices that hold different experts, and different sequences elsewhere.")
+    context: Integer = Field(1, description="Devices that split each sequence.")
+    tensor: Integer = Field(1, description="Devices that split heads, MLP width and vocabulary.")
     context_attention: Literal["ring", "gather"] = Field(
         "ring",
         description="How queries meet keys of other context shards: keys travel around a ring (less memory), or are "
@@ -109,13 +111,13 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 class StoreConfig(Section):
     """One token store of the mixture."""
 
-    path: str = Field(description="Folder or bucket of the token store.")
+    path: Place = Field(description="Folder or bucket of the token store.")
     weight: float = Field(1.0, gt=0, description="Share of the mixture, relative to the other stores.")
-    text: tuple[str, ...] = Field(
+    text: tuple[Place, ...] = Field(
         (),
         description="Build the store from this text when it is missing: files, folders, globs, or python:stdlib.",
     )
-    tokenizer: str = Field(
+    tokenizer: Place = Field(
         "byte", description="Tokenizer of such a build: byte, or the path of a tokenizer.json or SentencePiece .model."
     )
     text_field: str = Field("text", description="Key or column of its .jsonl and .parquet files that holds the text.")
@@ -193,7 +195,7 @@ class TrainConfig(Section):
         "many parts as keep a part below 512 MiB on a device. A token_loss of your own sees all logits.",
     )
     z_loss: NonNegative = Field(0.0, description="Weight of log(Z)**2, which keeps logits from drifting (PaLM, 5).")
-    start_from: str | None = Field(
+    start_from: Place | None = Field(
         None,
         description="Start a new run from another run's checkpoint: RUN or RUN@STEP (to branch a cooldown, say).",
     )
@@ -202,7 +204,7 @@ class TrainConfig(Section):
         description="Fields that may differ from what this run was so far, such as [data.stores, train.seed]: a resume "
         "refuses other models, data, seeds and batches.",
     )
-    compilation_cache: str | None = Field(
+    compilation_cache: Place | None = Field(
         "~/.cache/maxlm/xla", description="Folder of compiled programs, reused by later starts; null turns it off."
     )
     compiler_options: dict[str, bool | int | float | str] = Field(

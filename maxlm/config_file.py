@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -11,7 +12,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from maxlm import places
 from maxlm.config import Config
+
+MAX_BYTES = 1 << 17
+"""Of a config file."""
+MAX_CHARS = 1 << 20
+"""Of all values together, where an alias counts as what it stands for."""
+MAX_SENTENCES = 20
 
 
 class ConfigError(ValueError):
@@ -32,14 +40,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one sentence per problem: field, value, what would be right.
     """
-    path = Path(path)
+    given, path = places.redacted(str(path)), Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml"))
-        raise ConfigError(f"config file {path} does not exist" + (f"; here are: {', '.join(near)}" if near else ""))
+        raise ConfigError(f"config file {given} does not exist" + (f"; here are: {', '.join(near)}" if near else ""))
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ConfigError(
+            f"config file {path} has {size:,} bytes, and a config at most {MAX_BYTES:,}: is it another file?"
+        )
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        tree = read_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold keys such as 'model:' and 'train:', found {_kind(tree)}")
     return parse_config(tree, overrides)
@@ -60,7 +72,36 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(e) for e in error.errors())) from None
+        found = error.errors()
+        sentences = [_clipped(_sentence(e)) for e in found[:MAX_SENTENCES]]
+        more = [f"and {len(found) - MAX_SENTENCES:,} more"] if len(found) > MAX_SENTENCES else []
+        raise ConfigError("\n".join([*sentences, *more])) from None
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """Reads YAML as configs are written: plain values, 3e-4 is a number, no key stands twice.
+
+    Args:
+        text: a document; bytes are UTF-8 (or UTF-16 with a byte order mark).
+
+    Returns:
+        None, bool, int, float, str, date, bytes, list or dict; None for an empty document.
+
+    Raises:
+        ValueError: it is not that, or aliases blow it up; one sentence that says where.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_chars(node, {}) > MAX_CHARS:
+            raise ValueError(f"its aliases make it longer than {MAX_CHARS:,} characters")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(_clipped(" ".join(str(error).split()))) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -90,29 +131,64 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: 3e-4 is a number; duplicate keys are an error instead of a silent last-one-wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if _is_mapping(node) else []
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(
-                    f"key '{key_node.value}' stands twice, again in line {key_node.start_mark.line + 1}"
-                )
-            seen.add(key_node.value)
+        for key in keys:
+            if key.value in seen:
+                raise yaml.YAMLError(f"key '{key.value[:60]}' stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = None if _is_long_number(node) else super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError):  # as of 2001-99-99 and !!bool x
+            value = None
+        if value is None and node.tag != _TAG + "null":
+            kind, line = node.tag.removeprefix(_TAG), node.start_mark.line + 1
+            raise yaml.YAMLError(f"'{str(node.value)[:60]}' in line {line} is not a value of type {kind}")
+        return value
 
-_FLOAT = r"""^(?:[-+]?(?:[0-9][0-9_]*)?\.?[0-9]+(?:[eE][-+]?[0-9]+)|[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-             |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT, re.VERBOSE), list("-+0123456789."))
+
+_TAG = "tag:yaml.org,2002:"
+
+
+def _is_mapping(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode)
+
+
+def _is_long_number(node: yaml.Node) -> bool:
+    """Whether a number has so many digits that reading it takes long."""
+    return node.tag in (_TAG + "int", _TAG + "float") and len(node.value) > 100
+
+
+def _num_chars(node: yaml.Node, known: dict[int, float]) -> float:
+    """Length of all that a node stands for, each alias counted; infinite where it stands for itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [item for part in parts for item in (part if isinstance(part, tuple) else (part,))]
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        known[id(node)] = 1 + own + sum(_num_chars(item, known) for item in inner)
+    return known[id(node)]
+
+
+# No digit can be matched in two ways: long ones would be tried in all of them.
+_FLOAT = r"""^(?:[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[-+]?[0-9][0-9_]*\.[0-9_]*
+             |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT, re.VERBOSE), list("-+0123456789."))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override '{override}' is not of the form section.field=value, such as train.steps=400")
+        raise ConfigError(
+            f"override '{_clipped(override, 60)}' is not of the form section.field=value, such as train.steps=400"
+        )
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': the value is not valid YAML; quote it") from None
+        value = read_yaml(text)
+    except ValueError:
+        raise ConfigError(f"override '{_clipped(override, 60)}': the value is not valid YAML; quote it") from None
     *sections, field = key.split(".")
     node: Any = tree
     for depth, section in enumerate(sections):
@@ -134,13 +210,15 @@ def _child(node: Any, section: str, key: str, so_far: str) -> Any:
         if child is None:
             child = node[section] = {}
     if not isinstance(child, dict | list):
-        raise ConfigError(f"override '{key}': {so_far} is {_kind(child)}, which has no fields")
+        raise ConfigError(
+            f"override '{_clipped(key, 60)}': {_clipped(so_far, 60)} is {_kind(child)}, which has no fields"
+        )
     return child
 
 
 def _index(items: list, text: str, key: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
-        raise ConfigError(f"override '{key}': '{text}' is not an index below {len(items)}")
+    if not text.isdecimal() or len(text) > 9 or int(text) >= len(items):
+        raise ConfigError(f"override '{_clipped(key, 60)}': '{_clipped(text, 60)}' is not an index below {len(items)}")
     return int(text)
 
 
@@ -150,7 +228,8 @@ def _sentence(error: Any) -> str:
     path, value = ".".join(loc), error.get("input")
     if error["type"] == "extra_forbidden":
         known = _fields_at(loc[:-1])
-        return f"{path}={_short(value)}: there is no such field{_nearest(loc, known)}"
+        shown = "..." if places.SECRET.search(loc[-1]) else _short(value)
+        return f"{path}={shown}: there is no such field{_nearest(loc, known)}"
     if error["type"] == "missing":
         return f"{path} is required: set it in the config file or with {path}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
@@ -172,7 +251,7 @@ def _fields_at(loc: list[str]) -> list[str]:
 
 
 def _nearest(loc: list[str], known: list[str]) -> str:
-    close = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(loc[-1][:60], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*loc[:-1], close[0]])}?"
     elsewhere = [row[0] for row in describe_fields() if row[0].split(".")[-1] == loc[-1]]
@@ -184,8 +263,24 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    try:
+        text = json.dumps(_shown(value), default=str)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON has not, numbers too long to print, endless trees
+        text = type(value).__name__
+    return _clipped(text, 60)
+
+
+def _shown(value: Any) -> Any:
+    """The value with ... for all that sounds secret."""
+    if isinstance(value, dict):
+        return {k: "..." if places.SECRET.search(str(k)) else _shown(v) for k, v in value.items()}
+    return [_shown(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _clipped(text: str, size: int = 800) -> str:
+    """The text without credentials, and without an end that would fill the screen."""
+    text = places.redacted(text[:10_000])
+    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 def _kind(value: Any) -> str:

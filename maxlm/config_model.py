@@ -3,19 +3,24 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from maxlm import places
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Place = Annotated[str, AfterValidator(places.checked)]
+"""Path or bucket url."""
 
 
 class Section(BaseModel):
     """A frozen part of the tree that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -212,5 +217,6 @@ EXPERT_FIELDS = (
 
 
 def divisor_at_most(n: int, limit: int) -> int:
-    """Largest divisor of n that is at most `limit`."""
-    return next(d for d in range(min(limit, n), 0, -1) if n % d == 0)
+    """Largest divisor of n that is at most `limit`; of n above 1e10, the largest that is found quickly."""
+    small = [d for d in range(1, min(math.isqrt(n), 100_000) + 1) if n % d == 0]
+    return max(d for s in small for d in (s, n // s) if d <= limit)

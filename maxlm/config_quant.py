@@ -45,7 +45,7 @@ class QuantConfig(Section):
         for pattern in self.rules:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"rules: {pattern!r} is not a regular expression: {error}") from None
         return self
 

@@ -24,7 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import maxlm
-from maxlm import hosts, storage, units
+from maxlm import hosts, places, storage, units
 from maxlm.config import Config, MeshConfig, RunConfig, TrainConfig
 from maxlm.hardware import detect
 from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
@@ -154,8 +154,9 @@ def machine_rows() -> list[Row]:
 
 
 def environment_rows() -> list[Row]:
-    """Variables that change what JAX does."""
-    named = {k: v for k, v in sorted(os.environ.items()) if re.match(r"JAX_|XLA_|LIBTPU_INIT_ARGS$", k)}
+    """Variables that change what JAX does, credentials left out."""
+    shown = lambda name, value: "set, not shown" if places.SECRET.search(name) else places.redacted(value)  # noqa: E731
+    named = {k: shown(k, v) for k, v in sorted(os.environ.items()) if re.match(r"JAX_|XLA_|LIBTPU_INIT_ARGS$", k)}
     return [Row(name, value, data={"value": value}) for name, value in named.items()]
 
 

@@ -161,7 +161,8 @@ class Ending:
     def complete(self, state: State, step: int) -> dict[str, float]:
         """After the last step. Returns the final figures."""
         note = self.loop.progress.note
-        last = self.loop.last or read_metrics(self.folder.path).train[-1]  # a run killed before its last evaluation
+        rows = read_metrics(self.folder.path).train  # of a run killed before its last evaluation
+        last = self.loop.last or (rows[-1] if rows else {"loss": math.nan})
         final = {"train_loss": last["loss"], **self.loop.evaluate(state, step)}
         self.loop.enter("ending", step)
         more: dict[str, Any] = {"final": final}

@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from maxlm import storage
 
@@ -32,18 +32,30 @@ class DamagedError(CheckpointError):
     """A checkpoint that is not what was saved; the message names the file or array, and what is wrong with it."""
 
 
+def _inside(name: str) -> str:
+    """A path that cannot leave the folder it is joined to."""
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name[:80]!r} is not a file of the checkpoint")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class FileRecord(NamedTuple):
     """What a file has to be: its size in bytes, and its BLAKE3 hash in hexadecimal digits."""
 
-    size: int
-    blake3: str
+    size: Size
+    blake3: Hash
 
 
 class ArrayRecord(NamedTuple):
     """What an array has to be; the fingerprint is that of maxlm.fingerprint."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     fingerprint: str
 
 
@@ -62,10 +74,10 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format: int = FORMAT
-    step: int
+    format: int = Field(FORMAT, ge=1, le=FORMAT)
+    step: Size
     temporary: bool = False
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
     arrays: dict[str, ArrayRecord]
     run: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -98,10 +110,15 @@ class Manifest(BaseModel):
             raise DamagedError(f"{NAME} is damaged")
         try:
             number = json.loads(match[1]).get("format")
-            if isinstance(number, int) and number > FORMAT:
+            if type(number) is int and number > FORMAT:
+                number = min(number, 10**9)  # it is shown
                 raise CheckpointError(f"{folder} has format {number}, of a newer maxlm; this one reads up to {FORMAT}")
             return cls.model_validate_json(match[1])
-        except (ValidationError, ValueError, RecursionError):
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, message = ".".join(map(str, first["loc"]))[:80], first["msg"].removeprefix("Value error, ")
+            raise DamagedError(f"{NAME} is not a manifest: {where}: {message[:200]}") from None
+        except (ValueError, RecursionError):
             raise DamagedError(f"{NAME} is not a manifest") from None
 
 

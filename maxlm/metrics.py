@@ -14,12 +14,15 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from maxlm import storage
 from maxlm.config import LogConfig
@@ -28,7 +31,14 @@ FILE = "metrics.jsonl"
 UPLOAD_EVERY_S = 30.0
 """Objects in buckets cannot be appended to: metrics.jsonl is written anew, at most this often."""
 
+DAMAGED = "metrics.damaged.jsonl"
+"""Copy of a metrics.jsonl in which a resume found lines that are no rows."""
+LARGEST = 1e39
+"""Beyond float32: as good as infinite, and safe to compute with."""
+
 Row = dict[str, Any]
+_Value = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | None
+_ROW = TypeAdapter(dict[str, _Value], config=ConfigDict(strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +66,14 @@ def read_metrics(run_dir: str) -> Metrics:
         The rows; all empty if there is no metrics.jsonl. A last line that was cut off is left out.
 
     Raises:
-        ValueError: a line before the last is not JSON.
+        ValueError: a line before the last is not a row.
     """
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in _read_rows(run_dir)]
+    found, damaged = _read_rows(run_dir)
+    if damaged:
+        number, line = damaged[0]
+        path = storage.join(run_dir, FILE)
+        raise ValueError(f"{path}, line {number} is not a row of metrics: {line[:60]!r}")
+    rows = [{k: _known(v) for k, v in row.items()} for row in found]
     return Metrics(
         train=[row for row in rows if "loss" in row],
         heldout=[row for row in rows if "heldout_loss" in row],
@@ -86,7 +101,7 @@ class MetricsWriter:
             ValueError: a tracker is asked for whose package is not installed.
         """
         trackers = _check_trackers(log)
-        kept = [] if resume_step is None else [r for r in _read_rows(run_dir) if r["step"] <= resume_step]
+        kept = [] if resume_step is None else [r for r in _salvaged_rows(run_dir) if r["step"] <= resume_step]
         self._trackers = [start(run_dir, log, config_dict, resume_step) for start in trackers]
         self._file = (_BucketLines if storage.is_bucket(run_dir) else _LocalLines)(storage.join(run_dir, FILE), kept)
         if resume_step is not None:
@@ -284,22 +299,45 @@ def _need(module: str, setting: str, extra: str) -> None:
         raise ValueError(f"{setting} needs the package {module}: pip install 'maxlm[{extra}]'") from None
 
 
-def _read_rows(run_dir: str) -> list[Row]:
-    path = storage.join(run_dir, FILE)
+def _read_rows(run_dir: str) -> tuple[list[Row], list[tuple[int, str]]]:
+    """The rows, and number and text of lines that are none; of the last one nothing is said, it may be torn."""
     try:
-        lines = storage.read_bytes(path).decode(errors="replace").splitlines()
+        lines = storage.read_bytes(storage.join(run_dir, FILE)).decode(errors="replace").splitlines()
     except FileNotFoundError:
-        return []
-    rows = []
-    for i, line in enumerate(lines):
+        return [], []
+    rows: list[Row] = []
+    damaged = []
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            int(row["step"])
+            row = _ROW.validate_json(line)
+        except ValidationError:
+            row = {}
+        step = row.get("step")
+        if type(step) is int and step >= 0:
             rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            if i + 1 < len(lines):  # the last line may be torn: the run was killed while writing it
-                raise ValueError(f"{path}, line {i + 1} is not a row of metrics: {line[:60]!r}") from None
+        elif number < len(lines):  # a run that is killed while it writes tears the last line
+            damaged.append((number, line))
+    return rows, damaged
+
+
+def _salvaged_rows(run_dir: str) -> list[Row]:
+    """What a resume keeps: metrics are a record, and damage to it must not stop a run."""
+    rows, damaged = _read_rows(run_dir)
+    if damaged:
+        copy = storage.join(run_dir, DAMAGED)
+        storage.write_bytes(copy, storage.read_bytes(storage.join(run_dir, FILE)))
+        text = (
+            f"{storage.join(run_dir, FILE)}: {len(damaged)} lines, the first in line {damaged[0][0]}, are no rows of "
+        )
+        print(f"{text}metrics and are left out; {copy} is the file as it was", file=sys.stderr, flush=True)
     return rows
+
+
+def _known(value: Any) -> Any:
+    """A row's value to compute with."""
+    if value is None:
+        return math.nan
+    return value if abs(value) <= LARGEST or math.isnan(value) else math.copysign(math.inf, value)
 
 
 def _to_bytes(rows: list[Row]) -> bytes:

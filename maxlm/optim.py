@@ -360,7 +360,7 @@ def _matching(field: str, patterns: Iterable[str], dims: Tree) -> Tree:
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"optim.{field}: {pattern!r} is not a regular expression: {error}") from None
         if not any(compiled[-1].fullmatch(path) for path in paths):
             raise ConfigError(

@@ -12,8 +12,11 @@ loss.png
 tensorboard/     when log.tensorboard is on
 profile/         when train.profile_steps is set
 .lock            held by the process that trains; local folders only
+
+A local folder that a run makes is its owner's alone (mode 700); one that is there is left as it is.
 """
 
+import contextlib
 import difflib
 import fcntl
 import json
@@ -23,8 +26,9 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 import jax
+from pydantic import TypeAdapter
 
-from maxlm import storage
+from maxlm import storage, summary
 from maxlm.config import Config
 from maxlm.config_file import ConfigError, to_yaml
 
@@ -70,9 +74,11 @@ class RunFolder:
         return storage.join(self.path, name)
 
     def __enter__(self) -> "RunFolder":
-        if self.primary and not storage.is_bucket(self.path):
-            self._take_lock()
-            self.log_file = open(self.file("train.log"), "a")
+        if not storage.is_bucket(self.path):
+            self._make()
+            if self.primary:
+                self._take_lock()
+                self.log_file = open(self.file("train.log"), "a")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +109,7 @@ class RunFolder:
         wanted = json.loads(json.dumps(wanted))
         if self.exists:
             try:
-                there = json.loads(storage.read_bytes(self.file("identity.json")))
+                there = TypeAdapter(Any).validate_json(storage.read_bytes(self.file("identity.json")))
             except ValueError:
                 raise ConfigError(
                     f"{self.file('identity.json')} is damaged, so nothing says whether this is the same run; "
@@ -134,22 +140,30 @@ class RunFolder:
         storage.write_bytes(self.file("config.yaml"), to_yaml(config).encode())
         storage.write_bytes(self.file("identity.json"), json.dumps(wanted, indent=1).encode())
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def write_summary(self, known: dict[str, Any]) -> None:
         """Replaces summary.json."""
         if not self.primary:
             return
-        storage.write_bytes(self.file("summary.json"), json.dumps(summary, indent=1).encode())
+        storage.write_bytes(self.file("summary.json"), json.dumps(known, indent=1).encode())
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json, or {} when there is none or it is damaged: the next start writes it anew."""
         try:
-            return json.loads(storage.read_bytes(self.file("summary.json")))
+            return summary.parse(storage.read_bytes(self.file("summary.json")))
         except (FileNotFoundError, ValueError):
             return {}
 
+    def _make(self) -> None:
+        """Each host does: whichever comes first decides who may look into the folder."""
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path, 0o700)
+        except OSError as error:
+            raise storage.StorageError(f"cannot write to run folder {self.path}: {error.strerror}") from None
+
     def _take_lock(self) -> None:
         try:
-            os.makedirs(self.path, exist_ok=True)
             self._lock = os.open(self.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise storage.StorageError(f"cannot write to run folder {self.path}: {error.strerror}") from None

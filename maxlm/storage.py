@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMES = ("gs://", "s3://")
+from maxlm import places
 
 
 class StorageError(OSError):
@@ -25,7 +25,7 @@ class StorageError(OSError):
 
 def is_bucket(path: str) -> bool:
     """Whether path is the url of a bucket (gs:// or s3://) and not a local path."""
-    return path.startswith(SCHEMES)
+    return path.startswith(places.SCHEMES)
 
 
 def join(path: str, *names: str) -> str:
@@ -215,6 +215,10 @@ def _umask() -> int:
 
 
 def _split(path: str) -> tuple[str, str]:
+    try:
+        places.checked(path)
+    except ValueError as error:
+        raise StorageError(f"cannot use {places.redacted(path)}: {error}") from None
     scheme, rest = path.split("://", 1)
     bucket, _, key = rest.partition("/")
     return f"{scheme}://{bucket}", key.rstrip("/")
@@ -257,4 +261,4 @@ def _bucket_errors(verb: str, path: str) -> Iterator[None]:
         raise
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         reason = " ".join(re.split(r" \[\w+=", str(error))[0].split())
-        raise StorageError(f"cannot {verb} {path}: {reason}") from None
+        raise StorageError(f"cannot {verb} {path}: {places.redacted(reason)}") from None

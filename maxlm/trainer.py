@@ -98,7 +98,7 @@ def train(
         done = checkpoints.latest() or 0
         before = folder.read_summary()
         if done >= config.train.num_steps and (before.get("status"), before.get("step")) == ("complete", done):
-            return Result(folder.path, done, "already complete", before["final"], folder.primary)
+            return Result(folder.path, done, "already complete", before.get("final", {}), folder.primary)
 
         # ---- step and state
         stack.enter_context(jax.set_mesh(mesh))
@@ -171,7 +171,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, A
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
     path, at, text = train.start_from.rpartition("@")
-    if not at or not text.isdigit():
+    if not at or not text.isdecimal() or len(text) > 18:
         path, text = train.start_from, ""
     if not storage.exists(storage.join(path, "checkpoints")):
         raise ConfigError(f"train.start_from={train.start_from}: {path} is not a run folder with checkpoints")

@@ -18,12 +18,12 @@ PACKAGE = ROOT / "maxlm"
 # layer stack, the expert dispatch and the matmul are passed to the model; sharding is its single way down.
 MAY_IMPORT = {
     "config": {"config_file", "config_model", "config_quant"},
-    "config_model": set(),
+    "config_model": {"places"},
     "config_quant": {"config_model"},
     "sharding": {"config"},
     "kernels": {"quant", "sharding"},
     "model": {"config", "sharding"},
-    "data": {"config", "config_file", "sharding", "storage"},
+    "data": {"config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
 }
 # Parts that only these may import.

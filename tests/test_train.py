@@ -148,6 +148,11 @@ def test_a_run_stopped_on_its_last_step_or_killed_before_its_evaluation_is_finis
     result = maxlm.train(cfg)
     assert (result.status, result.final) == ("complete", want["final"])
     assert maxlm.train(cfg).status == "already complete"
+    (tmp_path / "r" / "summary.json").write_text("[]")
+    rows = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    (tmp_path / "r" / "metrics.jsonl").write_bytes(b"\xff\n" + rows)
+    assert maxlm.train(cfg).final == want["final"], "the state is in the checkpoints, not in these"
+    assert (tmp_path / "r" / "metrics.damaged.jsonl").read_bytes() == b"\xff\n" + rows
 
 
 def test_a_profile_is_written_when_the_run_ends_or_resumes_inside_its_window(tmp_path, store):

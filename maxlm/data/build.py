@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm import storage
+from maxlm import places, storage
 from maxlm.config import DataConfig
 from maxlm.data import sources
 from maxlm.data.sources import DataError, Document, Source
@@ -305,6 +305,7 @@ def _remove_older_files(out: str, manifest: dict[str, Any]) -> None:
 
 
 def _check_target(out: str, overwrite: bool) -> None:
+    places.checked(out)
     if is_complete(out):
         if not overwrite:
             raise DataError(f"store {out} is already complete; choose another --out, or replace it with --overwrite")

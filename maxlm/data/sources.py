@@ -27,6 +27,8 @@ SNIFF_BYTES = 8192
 COLLECTION_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 20
+MAX_JSON_BYTES = 1 << 26
+"""Of a line of .jsonl, unpacked: a small packed file may hold a line that no memory does."""
 
 
 class DataError(ValueError):
@@ -201,10 +203,15 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[Document]:
     try:
         with _open_compressed(source.path) as file:
             _refuse_binary(file.peek(SNIFF_BYTES)[:SNIFF_BYTES], source)
-            for line, data in enumerate(file, 1):
+            while data := file.readline(MAX_JSON_BYTES + 1):
+                if len(data) > MAX_JSON_BYTES:
+                    raise DataError(f"{source.name} line {line + 1} is longer than {MAX_JSON_BYTES:,} bytes; cut it up")
+                line += 1
                 if data.strip():
                     document = decode(data)
                     yield Document(_text_of(document.text, source.name, line, text_field), document.replaced_bytes)
+        if source.path.endswith(".zst") and _ends_in_frame(source.path):
+            raise EOFError("the file ends before the end of what was packed")
     except (gzip.BadGzipFile, EOFError, zlib.error, _zstd_error()) as error:
         raise DataError(f"{source.name} is damaged after line {line}: {error}") from None
 
@@ -212,7 +219,7 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[Document]:
 def _text_of(data: str, name: str, line: int, text_field: str) -> str:
     try:
         row = json.loads(data.lstrip("\ufeff"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name} line {line} is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{name} line {line} is not a JSON object but {_short(row)}")
@@ -260,6 +267,41 @@ def _open_compressed(path: str) -> Any:
     return open(path, "rb")
 
 
+def _ends_in_frame(path: str) -> bool:
+    """Whether a zstd file was cut off, which its reader does not tell from the end. Looks at block headers alone.
+
+    References:
+        RFC 8878, section 3.1.
+    """
+    import zstandard
+
+    size, at = os.path.getsize(path), 0
+    with open(path, "rb", buffering=0) as file:
+
+        def read(count: int) -> bytes:
+            file.seek(at)
+            return file.read(count)
+
+        while at < size:
+            head = read(18)
+            if head[1:4] == b"\x2a\x4d\x18":  # a skippable frame
+                at += 8 + int.from_bytes(head[4:8], "little")
+                continue
+            try:
+                has_checksum = zstandard.get_frame_parameters(head).has_checksum
+            except zstandard.ZstdError:
+                return True
+            at, last = at + zstandard.frame_header_size(head), False
+            while not last:
+                if len(block := read(3)) < 3:
+                    return True
+                bits = int.from_bytes(block, "little")
+                last, repeats_one_byte = bool(bits & 1), bits >> 1 & 3 == 1
+                at += 3 + (1 if repeats_one_byte else bits >> 3)
+            at += 4 if has_checksum else 0
+    return at > size
+
+
 @functools.cache
 def _zstd_error() -> type[Exception]:
     import zstandard
@@ -284,9 +326,13 @@ def _encodable(document: Document) -> Document:
 
 
 def _fields(names: Sequence[str]) -> str:
-    return f"it has {', '.join(names)}; choose one with --text-field" if names else "it has no fields"
+    some = ", ".join([*(name[:40] for name in names[:20]), *(["..."] if len(names) > 20 else [])])
+    return f"it has {some}; choose one with --text-field" if names else "it has no fields"
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = type(value).__name__
     return text if len(text) <= 40 else f"{text[:40]}..."

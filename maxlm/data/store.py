@@ -8,18 +8,18 @@ by byte ranges.
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from maxlm import storage
 from maxlm.config import DataConfig
 from maxlm.data.sources import DataError
-from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
+from maxlm.data.tokenizer import Kind, Tokenizer, tokenizer_from_bytes
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -27,6 +27,86 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 27
 MAX_OPEN_FILES = 256
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+OwnFile = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+"""Name of a file directly in the store."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Tokenizer(_Entry):
+    kind: Kind
+    sha256: Hash
+    vocab_size: int = Field(ge=1, le=2**32)
+    eos_id: Count
+    bos_id: Count | None
+    file: OwnFile | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Tokenizer":
+        if max(self.eos_id, self.bos_id or 0) >= self.vocab_size:
+            raise ValueError(f"eos_id={self.eos_id} and bos_id={self.bos_id} must be below {self.vocab_size=}")
+        if (self.file is None) != (self.kind == "byte"):
+            raise ValueError(f"file={self.file} does not go with kind={self.kind}")
+        return self
+
+
+class _Shard(_Entry):
+    name: OwnFile
+    num_bytes: Count
+
+
+class _Split(_Entry):
+    num_tokens: Count
+    num_bytes: Count
+    num_documents: Count
+    replaced_bytes: Count
+    sha256: Hash
+    shards: list[_Shard]
+
+
+class _Splits(_Entry):
+    train: _Split
+    heldout: _Split
+
+
+class _Options(_Entry):
+    heldout: float
+
+
+class _Source(_Entry):
+    name: str
+    num_bytes: Count
+    sha256: Hash
+
+
+class _Manifest(_Entry):
+    """What manifest.json has to hold; there may be more."""
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    tokenizer: _Tokenizer
+    dtype: Literal["uint16", "uint32"]
+    options: _Options
+    splits: _Splits
+    sources: list[_Source]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "_Manifest":
+        itemsize = np.dtype(self.dtype).itemsize
+        for name in SPLITS:
+            split: _Split = getattr(self.splits, name)
+            sizes = [shard.num_bytes for shard in split.shards]
+            whole = all(size == SHARD_BYTES for size in sizes[:-1]) and all(0 < size <= SHARD_BYTES for size in sizes)
+            if not whole or sum(sizes) != split.num_tokens * itemsize:
+                raise ValueError(
+                    f"splits.{name}: {split.num_tokens} tokens of {self.dtype} are not what its shards hold"
+                )
+        return self
 
 
 class TokenStore:
@@ -70,7 +150,7 @@ class TokenStore:
     @property
     def tokenizer_identity(self) -> dict[str, Any]:
         """dict(kind, sha256, vocab_size, eos_id, bos_id) of the tokenizer that made this store."""
-        return {key: value for key, value in self.manifest["tokenizer"].items() if key != "file"}
+        return {name: self.manifest["tokenizer"][name] for name in ("kind", "sha256", "vocab_size", "eos_id", "bos_id")}
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made this store, from the copy in it.
@@ -79,11 +159,20 @@ class TokenStore:
             DataError: the copy is not the file that the manifest names.
         """
         entry = self.manifest["tokenizer"]
-        data = storage.read_bytes(storage.join(self.path, entry["file"])) if entry["file"] else b""
+        wrong = DataError(f"store {self.path}: {entry['file']} is not the tokenizer that made it; build it again")
+        try:
+            data = storage.read_bytes(storage.join(self.path, entry["file"])) if entry["file"] else b""
+        except FileNotFoundError:
+            raise wrong from None
+        if entry["file"] and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise wrong
         bos = "none" if entry["bos_id"] is None else entry["bos_id"]
-        tokenizer = tokenizer_from_bytes(entry["kind"], data, entry["eos_id"], bos)
+        try:
+            tokenizer = tokenizer_from_bytes(entry["kind"], data, entry["eos_id"], bos)
+        except ValueError:
+            raise wrong from None
         if tokenizer.identity() != self.tokenizer_identity:
-            raise DataError(f"store {self.path}: {entry['file']} is not the tokenizer that made it; build it again")
+            raise wrong
         return tokenizer
 
     def num_tokens(self, split: Split) -> int:
@@ -255,10 +344,20 @@ def _read_manifest(path: str) -> dict[str, Any]:
             raise DataError(f"store {path} is incomplete (no {MANIFEST}); run the same build again: {build}") from None
         raise FileNotFoundError(f"store {path} does not exist; run: {build}") from None
     try:
-        manifest = json.loads(data)
+        manifest = TypeAdapter(dict[str, Any]).validate_json(data)
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValidationError, KeyError):
         raise DataError(f"store {path}: {MANIFEST} is not a maxlm manifest") from None
-    if version != FORMAT:
-        raise DataError(f"store {path} has format {version}, this maxlm reads {FORMAT}; build it with --overwrite")
+    if type(version) is int and version != FORMAT:
+        shown = min(max(version, -1), 10**9)
+        raise DataError(f"store {path} has format {shown}, this maxlm reads {FORMAT}; build it with --overwrite")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, message = ".".join(map(str, first["loc"]))[:80], first["msg"].removeprefix("Value error, ")
+        raise DataError(
+            f"store {path}: {MANIFEST} is damaged ({where + ': ' if where else ''}{message[:200]}); "
+            "build it again with --overwrite"
+        ) from None
     return manifest

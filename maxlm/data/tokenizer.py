@@ -162,6 +162,8 @@ class SentencePieceTokenizer:
             raise ValueError(f"not a SentencePiece model ({' '.join(str(error).split())})") from None
         self.data = data
         self.vocab_size = self._model.get_piece_size()
+        if not self.vocab_size:
+            raise ValueError("not a SentencePiece model (it has no pieces)")
         if eos is None and self._model.eos_id() >= 0:
             eos = self._model.eos_id()
         if bos is None and self._model.bos_id() >= 0:

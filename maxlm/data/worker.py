@@ -6,11 +6,12 @@ do not notice when the caller is killed. These end with the pipe that feeds them
 
 import hashlib
 import io
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -33,7 +34,7 @@ class WorkerPool:
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int):
-        self._hello = (tokenizer.kind, tokenizer.data, tokenizer.eos_id, tokenizer.bos_id)
+        self._hello = {"kind": tokenizer.kind, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}, [tokenizer.data]
         self._local = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(workers, "maxlm-tokenize")
@@ -54,15 +55,18 @@ class WorkerPool:
     def _run(self, path: str, documents: Sequence[Document]) -> None:
         try:
             process = self._process()
-            _send(process.stdin, (path, [tuple(document) for document in documents]))
-            error = pickle.load(process.stdout)  # pyrefly: ignore
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            replaced = [document.replaced_bytes for document in documents]
+            _send(process.stdin, {"path": path, "replaced": replaced}, [d.text.encode() for d in documents])
+            answer, _ = _receive(process.stdout)
+        except (EOFError, BrokenPipeError):
             raise DataError(
                 "a tokenizer process died, probably out of memory; run the same command again with fewer --workers, "
                 "it continues where it was"
             ) from None
-        if error is not None:
-            raise error
+        if "cannot" in answer:
+            raise storage.StorageError(answer["cannot"])
+        if "bug" in answer:
+            raise RuntimeError(f"a tokenizer process failed:\n{answer['bug']}")
 
     def _process(self) -> "subprocess.Popen[bytes]":
         if not hasattr(self._local, "process"):
@@ -78,32 +82,35 @@ class WorkerPool:
             )
             self._processes.append(process)
             self._local.process = process
-            _send(process.stdin, self._hello)
+            _send(process.stdin, *self._hello)
         return self._local.process
 
 
 def serve() -> None:
-    """Runs a worker: reads parts from standard input until it ends, answers each with None or an exception."""
+    """Runs a worker: reads parts from standard input until it ends, answers each with {} or what went wrong."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes are the parallelism.
     # Whatever a library prints must not end up among the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    kind, data, eos_id, bos_id = pickle.load(sys.stdin.buffer)
-    tokenizer = _rebuild(kind, data, eos_id, bos_id)
-    while True:
-        try:
-            path, rows = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        error = None
-        try:
-            storage.write_bytes(path, encode_part(tokenizer, [Document(*row) for row in rows]))
-        except Exception as raised:
-            error = raised
-        try:
-            _send(answers, error)
-        except BrokenPipeError:
-            return
+    try:
+        hello, (data,) = _receive(sys.stdin.buffer)
+        tokenizer = _rebuild(hello["kind"], data, hello["eos_id"], hello["bos_id"])
+        while True:
+            order, texts = _receive(sys.stdin.buffer)
+            documents = [Document(text.decode(), n) for text, n in zip(texts, order["replaced"], strict=True)]
+            _send(answers, _attempt(tokenizer, order["path"], documents))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _attempt(tokenizer: Tokenizer, path: str, documents: Sequence[Document]) -> dict[str, str]:
+    try:
+        storage.write_bytes(path, encode_part(tokenizer, documents))
+    except storage.StorageError as error:
+        return {"cannot": str(error)}
+    except Exception:
+        return {"bug": traceback.format_exc()}
+    return {}
 
 
 def encode_part(tokenizer: Tokenizer, documents: Sequence[Document]) -> bytes:
@@ -146,6 +153,23 @@ def _rebuild(kind: Kind, data: bytes, eos_id: int, bos_id: int | None) -> Tokeni
     return tokenizer_from_bytes(kind, data, eos_id, NO_BOS if bos_id is None else bos_id)
 
 
-def _send(pipe: Any, message: object) -> None:
-    pickle.dump(message, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+def _send(pipe: Any, message: dict[str, Any], parts: Sequence[bytes] = ()) -> None:
+    """Writes a line of JSON, and the parts behind it as they are."""
+    pipe.write(json.dumps([message, list(map(len, parts))]).encode() + b"\n")
+    pipe.writelines(parts)
     pipe.flush()
+
+
+def _receive(pipe: Any) -> tuple[dict[str, Any], list[bytes]]:
+    """Reads what _send has written.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
+    if not (line := pipe.readline()).endswith(b"\n"):
+        raise EOFError
+    message, sizes = json.loads(line)
+    parts = [pipe.read(size) for size in sizes]
+    if sum(map(len, parts)) != sum(sizes):
+        raise EOFError
+    return message, parts

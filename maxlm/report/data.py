@@ -1,16 +1,15 @@
 """Reads run folders and works out the numbers that a report shows."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
-from maxlm import flops, goodput, storage
+from maxlm import flops, goodput, storage, summary
 from maxlm.config import ModelConfig
+from maxlm.config_file import read_yaml
 from maxlm.metrics import FILE, Metrics, read_metrics
 
 
@@ -76,36 +75,37 @@ def facts(run: Run) -> dict[str, Any]:
     twentieth of the rows (100 at most), since a single batch is noisy; tokens_per_s, step_time_s and mfu are medians
     without the rows that follow a start. goodput is a share from 0 to 1 of the time that seconds_by_phase adds up to.
     """
-    summary, train, heldout = run.summary, run.metrics.train, run.metrics.heldout
-    final = summary.get("final") or {}
+    told, train, heldout = run.summary, run.metrics.train, run.metrics.heldout
+    final = told.get("final") or {}
     steady = run.steady_rows()
     last_heldout = heldout[-1] if heldout else final
     known: dict[str, Any] = {
         "name": run.name,
         "path": run.path,
         "status": _status(run),
-        "step": train[-1]["step"] if train else summary.get("step"),
+        "step": train[-1]["step"] if train else told.get("step"),
         "total_steps": _total_steps(run.config),
         "train_loss": _mean_of_last(train),
         "heldout_loss": last_heldout.get("heldout_loss"),
         "heldout_bits_per_byte": last_heldout.get("heldout_bits_per_byte"),
-        "baselines": summary.get("baselines"),
+        "baselines": told.get("baselines"),
         "tokens_per_s": _median(steady, "tokens_per_s", final),
         "step_time_s": _median(steady, "step_time_s", final),
         "mfu": _median(steady, "mfu", final),
-        "first_step_s": summary.get("first_step_s"),
-        "wall_s": summary.get("wall_s", train[-1].get("time", 0) - train[0].get("time", 0) if train else None),
+        "first_step_s": told.get("first_step_s"),
+        "wall_s": told.get("wall_s", train[-1].get("time", 0) - train[0].get("time", 0) if train else None),
         "goodput": run.time and run.time.fraction,
         "seconds_by_phase": run.time and run.time.seconds,
         "lost_steps": run.time and run.time.lost_steps,
         "device_hours": run.time and run.time.device_hours,
-        "num_devices": summary.get("num_devices"),
-        "device_kind": summary.get("device_kind"),
-        "mesh": summary.get("mesh"),
-        "bytes_per_device": summary.get("bytes_per_device"),
+        "skipped_steps": sum(row.get("skipped") == 1 for row in train) or None,
+        "num_devices": told.get("num_devices"),
+        "device_kind": told.get("device_kind"),
+        "mesh": told.get("mesh"),
+        "bytes_per_device": told.get("bytes_per_device"),
         "restarts": run.metrics.restarts,
         "not_finite_since": _not_finite_since(run),
-        "checkpoint": summary.get("checkpoint"),
+        "checkpoint": told.get("checkpoint"),
         **_model_facts(run),
     }
     if (tokens := tokens_per_step(run)) and known["step"] is not None:
@@ -115,8 +115,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 def tokens_per_step(run: Run) -> int | None:
     """Tokens of one optimizer step, or None without a configuration."""
-    train = run.config.get("train") or {}
-    batch, length = train.get("batch_size"), train.get("seq_len")
+    batch, length = _count(run.config, "train", "batch_size"), _count(run.config, "train", "seq_len")
     return batch * length if batch and length else None
 
 
@@ -129,12 +128,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The value with everything that JSON lacks replaced: NaN and infinity by None, tuples by lists."""
+    """The value with everything that JSON lacks replaced: NaN and infinity by None, tuples by lists, dates by text."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def printable(text: str) -> str:
@@ -149,10 +150,11 @@ def _load_run(path: str) -> Run:
         if not storage.exists(path):
             raise ValueError(f"run folder {path} does not exist")
         raise ValueError(f"{path} holds no run: it has none of config.yaml, {FILE} and summary.json")
-    config = _parse(path, "config.yaml", config_text, yaml.safe_load)
-    name = (config.get("run") or {}).get("name") or path.rstrip("/").rsplit("/", 1)[-1]
-    summary = _parse(path, "summary.json", summary_text, json.loads)
-    return Run(name, path, config, config_text, metrics, summary, _time(path))
+    config = _parse(path, "config.yaml", config_text, read_yaml)
+    name = _section(config, "run").get("name")
+    name = printable(name) if name and isinstance(name, str) else path.rstrip("/").rsplit("/", 1)[-1]
+    told = _parse(path, "summary.json", summary_text, summary.parse)
+    return Run(name, path, config, config_text, metrics, told, _time(path))
 
 
 def _time(path: str) -> goodput.Goodput | None:
@@ -175,7 +177,7 @@ def _read(path: str, name: str) -> str:
 def _parse(path: str, name: str, text: str, parse: Any) -> dict[str, Any]:
     try:
         value = parse(text) if text else {}
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{storage.join(path, name)} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{storage.join(path, name)} must hold names and values, found {type(value).__name__}")
@@ -184,9 +186,9 @@ def _parse(path: str, name: str, text: str, parse: Any) -> dict[str, Any]:
 
 def _status(run: Run) -> str:
     """As the summary says; a run that has gone on since it was written is unfinished."""
-    train, summary = run.metrics.train, run.summary
-    behind = bool(train) and train[-1]["step"] > summary.get("step", math.inf)
-    return "unfinished" if behind else summary.get("status", "unfinished")
+    train = run.metrics.train
+    behind = bool(train) and train[-1]["step"] > run.summary.get("step", math.inf)
+    return "unfinished" if behind else run.summary.get("status", "unfinished")
 
 
 def _median(rows: list[dict[str, Any]], name: str, final: dict[str, Any]) -> float | None:
@@ -195,6 +197,7 @@ def _median(rows: list[dict[str, Any]], name: str, final: dict[str, Any]) -> flo
 
 
 def _mean_of_last(train: list[dict[str, Any]]) -> float | None:
+    train = [row for row in train if not row.get("skipped")] or train
     count = min(100, max(1, len(train) // 20))
     return float(np.mean([row["loss"] for row in train[-count:]])) if train else None
 
@@ -210,12 +213,22 @@ def _not_finite_since(run: Run) -> int | None:
 
 
 def _total_steps(config: dict[str, Any]) -> int | None:
-    train = config.get("train") or {}
-    if train.get("steps"):
-        return train["steps"]
-    if train.get("tokens") and train.get("batch_size") and train.get("seq_len"):
-        return math.ceil(train["tokens"] / (train["batch_size"] * train["seq_len"]))
-    return None
+    names = ("steps", "tokens", "batch_size", "seq_len")
+    steps, tokens, batch, length = (_count(config, "train", name) for name in names)
+    if steps is None and tokens and batch and length:
+        return math.ceil(tokens / (batch * length))
+    return steps
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a configuration that nobody has checked."""
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _count(config: dict[str, Any], section: str, name: str) -> int | None:
+    value = _section(config, section).get(name)
+    return value if type(value) is int and 0 < value < 2**63 else None
 
 
 def _model_facts(run: Run) -> dict[str, Any]:
@@ -223,11 +236,12 @@ def _model_facts(run: Run) -> dict[str, Any]:
     params, per_token = run.summary.get("params"), run.summary.get("flops_per_token")
     parts: dict[str, int] = {}
     try:
-        model = ModelConfig.model_validate(run.config["model"])
+        model = ModelConfig.model_validate(_section(run.config, "model"))
         parts = flops.num_params(model)
         params = params or parts["total_unpadded"]
-        per_token = per_token or flops.train_flops_per_token(model, run.config["train"]["seq_len"])
-    except (KeyError, ValueError):
+        if seq_len := _count(run.config, "train", "seq_len"):
+            per_token = per_token or flops.train_flops_per_token(model, seq_len)
+    except ValueError:
         pass  # no configuration, or one of another version: then only what the run recorded
     return {"params": params, "params_by_part": parts, "flops_per_token": per_token}
 
