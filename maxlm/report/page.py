@@ -213,6 +213,8 @@ def _parameters(known: Mapping[str, Any]) -> str:
 
 def _notes(known: Mapping[str, Any]) -> str:
     rows = []
+    if "skipped_steps" in known:
+        rows.append(("skipped steps", f"{known['skipped_steps']:,}"))
     if "restarts" in known:
         rows.append(("restarted from step", ", ".join(f"{step:,}" for step in known["restarts"])))
     if "checkpoint" in known:

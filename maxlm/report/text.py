@@ -69,6 +69,7 @@ def _rows(run: Run, known: dict) -> list[tuple[str, str]]:
             rows.append((label, show(known[key])))
     rows += goodput.rows(run.time).items() if run.time else []
     rows.append(("devices", hardware_text(known)))
+    rows.append(("skipped steps", known.get("skipped_steps")))
     rows.append(("restarts at step", ", ".join(map(str, known.get("restarts", []))) or None))
     rows.append(("checkpoint", known.get("checkpoint")))
     return [(label, str(value)) for label, value in rows if value is not None]
