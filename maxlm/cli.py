@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -146,11 +147,15 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     heartbeat.dump_on_request()
     config = load_config(args.config, args.overrides)
+    from maxlm.data.loader import READER
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
 
     for name in ("absl", "asyncio"):  # Orbax logs whole tracebacks of the errors that it raises as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
     result = train(config)
+    if any(thread.name.startswith(READER) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(0)  # stopped while a read hung: Python would wait for its thread
     if not result.primary:
         return 0
     longer = _again(args, [f"train.steps={2 * result.step}"], ("train.steps", "train.tokens"))

@@ -21,7 +21,7 @@ class StopSignals:
 
     def __init__(self, on_first: Callable[[str], None], on_second: Callable[[], None]):
         """Args: on_first: called with what was pressed. on_second: called before the process ends with 130."""
-        self._requested = False
+        self._numbers: list[int] = []
         self._on_first, self._on_second = on_first, on_second
         self._before: dict[int, Any] = {}
 
@@ -51,10 +51,10 @@ class StopSignals:
                     self._received(data[0])
 
     def _received(self, number: int) -> None:
-        if not self._requested:
-            self._requested = True
+        before, self._numbers = self._numbers, [*self._numbers, number]
+        if not before:
             self._on_first("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and signal.SIGINT in before:
             self._on_second()
             os._exit(130)  # not sys.exit: background saves and device work must not hold the process
 

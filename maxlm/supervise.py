@@ -104,9 +104,9 @@ class _Stop:
 
     def _received(self, number: int, _: Any) -> None:
         self.asked = number
-        # Ctrl-C reaches the trainer by itself: a terminal sends it to all processes in front
-        if number == signal.SIGTERM and self.child is not None:
-            self.child.send_signal(number)
+        # Ctrl-C in a terminal reaches the trainer as well, and counts once: only a second SIGINT ends it unsaved
+        if self.child is not None:
+            self.child.send_signal(signal.SIGTERM)
 
 
 class _Run:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gcs import gcs_bucket
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -364,3 +365,21 @@ def test_a_manifest_that_is_none_is_damaged_whatever_it_holds(tmp_path, body):
         (tmp_path / manifest.NAME).write_bytes(data)
         with pytest.raises(DamagedError):
             Manifest.read(str(tmp_path))
+
+
+@pytest.mark.long
+def test_a_copy_to_a_bucket_and_back_stays_valid(tmp_path):
+    pytest.importorskip("gcsfs", reason="gcsfs not installed; install with: pip install 'maxlm[buckets]'")
+    saved(tmp_path / "here", 1, 2)
+    with gcs_bucket() as root:
+        copy(str(tmp_path / "here"), f"{root}/there")
+        assert equal(restored(f"{root}/there")[0], state(2))
+        copy(f"{root}/there", str(tmp_path / "back"))
+    assert equal(restored(tmp_path / "back")[0], state(2))
+    with opened(tmp_path / "back") as checkpoints:
+        assert [bool(checkpoints.verify(step)) for step in (1, 2)] == [True, True]
+
+
+def copy(source, target):
+    for name in storage.list_tree(source):
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))

@@ -120,7 +120,8 @@ def test_a_phase_that_never_ends_is_a_hang(tmp_path):
     assert run(tmp_path, "if starts == 1: beat('save', 3); time.sleep(600)", Limits(1.0, 1.5, 3, 0.01)) == (0, 2)
 
 
-def test_sigterm_is_passed_on_and_ends_both(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_ends_both(tmp_path, number):
     body = """
 def stop(*_):
     open(sys.argv[1] + ".saved", "w").close()
@@ -138,7 +139,7 @@ while True:
             if (tmp_path / "starts").exists() and (tmp_path / "starts").read_text():
                 break
         time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)
     sender.start()

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import cached_property
 from pathlib import Path
@@ -174,6 +175,24 @@ def test_a_data_function_that_gives_something_else_is_one_sentence(tmp_path, sto
     rows = {"tokens": np.zeros((8, 32), np.int32), "targets": np.zeros((8, 32), np.int32)}
     with pytest.raises(ValueError, match=word):
         maxlm.train(config(tmp_path, store), data=lambda step: change(rows))
+
+
+def test_a_signal_while_data_is_waited_for_saves_and_ends(tmp_path, store):
+    cfg, released, good = config(tmp_path, store, checkpoint={"every": 100}), threading.Event(), bad_batches(None)
+
+    def batch(step):
+        if step == 4:
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            released.wait(60)
+        return good(step)
+
+    result = maxlm.train(cfg, data=batch)
+    assert not released.is_set()
+    released.set()
+    assert (result.status, result.step) == ("stopped", 4)
+    straight = config(tmp_path / "straight", store, train={"steps": 4})
+    maxlm.train(straight, data=good)
+    assert_bit_equal(final_state(cfg, 4), final_state(straight, 4))
 
 
 def test_data_that_cannot_be_read_any_more_loses_no_step(tmp_path, store):

@@ -31,6 +31,8 @@ from maxlm.data.store import Split, TokenStore, open_stores
 Batch = dict[str, np.ndarray]
 # The index shuffle works on 32-bit integers.
 MAX_ROWS = 2**32 - 1
+READER = "maxlm-loader"
+"""Names of reading threads begin so."""
 
 
 class Loader:
@@ -82,7 +84,7 @@ class Loader:
         it before the loader.
         """
         steps = iter(range(first_step, self._train.num_steps))
-        pool = ThreadPoolExecutor(self._data.read_threads, "maxlm-loader")
+        pool = ThreadPoolExecutor(self._data.read_threads, READER)
         ahead = deque(
             pool.submit(self.rows, step, start, stop) for step in itertools.islice(steps, self._data.prefetch)
         )
