@@ -21,10 +21,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from maxlm import hosts, manifest, storage
+from maxlm import guard, hosts, manifest, storage
 from maxlm.config import CheckpointConfig
 from maxlm.fingerprint import fingerprints
-from maxlm.guard import RECENT
 from maxlm.leaves import difference, map_paths, named_leaves, shapes_of
 from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 from maxlm.restack import Stack
@@ -72,6 +71,7 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="maxlm-save")
         self._aside = set[int]()
+        self._kinds: dict[int, bool] = {}  # whether a step is temporary, as far as its manifest has been read
         # folders that cannot be made are heard of at once
         options = ocp.AsyncOptions(timeout_secs=int(HOSTS_S), create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
@@ -223,7 +223,7 @@ class Checkpoints:
             saved = shapes_of(self._orbax.metadata(_place(path)).item_metadata)
         except Exception as error:
             raise self._unreadable(step, error) from error
-        shapes, surplus = _as_remembered(saved, shapes)
+        shapes, surplus = guard.as_saved(saved, shapes)
         wanted = shapes_of(shapes)
         others = {p for p in saved if stack and p in wanted and stack.fits(p, saved[p][0], wanted[p][0])}
         others -= {p for p in others if saved[p] == wanted[p]}
@@ -332,6 +332,7 @@ class Checkpoints:
             Manifest(
                 step=step, temporary=temporary, files=files, arrays=arrays, run=self._run, versions=versions
             ).write(folder)
+            self._kinds[step] = temporary
             self._retire(step)
         hosts.follow("done" if hosts.is_first() else None, HOSTS_S, topic)
 
@@ -352,11 +353,13 @@ class Checkpoints:
             self._tell(f"an old checkpoint stays: {error}")
 
     def _temporary(self, step: int) -> bool:
-        try:
-            known = self.manifest(step)
-        except CheckpointError:
-            return False
-        return known is not None and known.temporary
+        if step not in self._kinds:
+            try:
+                known = self.manifest(step)
+            except CheckpointError:
+                return False
+            self._kinds[step] = known is not None and known.temporary
+        return self._kinds[step]
 
     def _complete(self, step: int) -> bool:
         names = storage.list_dir(self.step_path(step))
@@ -385,16 +388,6 @@ class Checkpoints:
         return CheckpointError(f"saving step {step} in {self.path} failed: {_brief(error)}; {kept}")
 
 
-def _as_remembered(saved: Mapping[str, Any], shapes: Any) -> tuple[Any, str | None]:
-    """What to read where the spike guard is turned on (what it knows is not there) or off (it has no place)."""
-    if (RECENT in saved) == (RECENT in shapes):
-        return shapes, None
-    if RECENT in shapes:
-        return {name: x for name, x in shapes.items() if name != RECENT}, None
-    shape, dtype = saved[RECENT]
-    return {**shapes, RECENT: jax.ShapeDtypeStruct(shape, dtype, sharding=shapes["step"].sharding)}, RECENT
-
-
 def _old(path: str, names: list[str]) -> bool:
     """Whether these are the files of a complete checkpoint of format 0."""
     return "default" in names and (not storage.is_bucket(path) or "commit_success.txt" in names)
@@ -406,5 +399,6 @@ def _place(path: str) -> str:
 
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
-    system = re.search(r"([^:]+) \[os_error_code=", text)  # tensorstore quotes every layer that the error went through
+    # tensorstore quotes every layer that the error went through
+    system = re.search(r"([^:]+) \[(os_error_code|tensorstore_spec)=", text)
     return system[1].strip() if system else text[:300]

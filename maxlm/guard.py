@@ -1,5 +1,8 @@
 """Which steps may change the weights: those whose loss and gradient are finite and, if asked for, no spike."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -48,3 +51,21 @@ def judge(
     high = now > jnp.nanmean(others, axis=1) + sigma * jnp.nanstd(others, axis=1)
     known = jnp.isfinite(others[0]).sum() >= LEAST
     return counts & ~(known & high.any()), jnp.where(here & counts, now[:, None], recent)
+
+
+def as_saved(saved: Mapping[str, Any], shapes: Any) -> tuple[Any, str | None]:
+    """What to read of a checkpoint where the guard is turned on (it remembers nothing) or off within a run.
+
+    Args:
+        saved: shape and dtype of the checkpoint's arrays, by path.
+        shapes: the state's tree of ShapeDtypeStruct, as it is wanted.
+
+    Returns:
+        The tree to read, and the entry that has no place in the wanted one, if any.
+    """
+    if (RECENT in saved) == (RECENT in shapes):
+        return shapes, None
+    if RECENT in shapes:
+        return {name: x for name, x in shapes.items() if name != RECENT}, None
+    shape, dtype = saved[RECENT]
+    return {**shapes, RECENT: jax.ShapeDtypeStruct(shape, dtype, sharding=shapes["step"].sharding)}, RECENT

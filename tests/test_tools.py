@@ -52,7 +52,9 @@ def test_bench_cpu():
 
 
 def test_bench_checkpoint(tmp_path):
-    result = figures("tools/bench_checkpoint.py", "--mib", "4", "--times", "1", "--folder", str(tmp_path))
+    result = figures(
+        "tools/bench_checkpoint.py", "--params", "1", "--tokens", "256", "--times", "1", "--folder", str(tmp_path)
+    )
     assert all(seconds > 0 for seconds in result.values())
     assert result["maxlm complete"] >= result["maxlm blocking"]
     assert list(tmp_path.iterdir()) == []

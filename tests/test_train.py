@@ -376,6 +376,7 @@ def test_a_bad_step_that_is_good_the_second_time_is_told_from_bad_data(tmp_path,
     assert "the second counts" in text
 
 
+@pytest.mark.long
 def test_a_spike_is_skipped_and_the_guard_can_be_turned_on_and_off_within_a_run(tmp_path, store):
     def batch(step):
         rng = np.random.default_rng(step)
