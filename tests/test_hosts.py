@@ -148,9 +148,21 @@ def test_a_signal_to_one_host_stops_all_of_them_at_one_step(tmp_path):
     wait_for_steps(tmp_path / "r", processes)
     processes[1].send_signal(signal.SIGTERM)
     said = finish(processes)
-    assert "stopped by another host" in said[0]
+    assert "stopped by another host (SIGTERM) after step" in said[0]
     step = json.loads((tmp_path / "r" / "summary.json").read_text())["step"]
     assert Checkpoints(str(tmp_path / "r"), CheckpointConfig()).latest() == step
+
+
+def test_a_signal_while_hosts_compile_ends_all_at_once(tmp_path):
+    processes = start_hosts(write_config(tmp_path, "r", steps=100_000), 2)
+    log, deadline = tmp_path / "r" / "train.log", time.monotonic() + 120
+    while not (log.exists() and "compiling" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)  # for the other host to be there, too
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert "stopped by another host (SIGTERM) before a step was finished: nothing is lost" in said[0]
+    assert "step 1/" not in said[0]
 
 
 def test_an_error_on_one_host_ends_all_and_is_shown_by_all(tmp_path):
