@@ -12,6 +12,8 @@ from maxlm import hosts
 
 SAVE = "save"
 """The wish for a temporary save; every other one stops the run and says who wishes it."""
+TERM = "SIGTERM"
+"""The wish of a machine that will not wait. Ctrl-C may come from a notebook, whose process must not end."""
 POLL_S = 0.5
 """Hosts look so often, in seconds, whether another one wishes something."""
 _KEY = "maxlm/wish/"
@@ -25,7 +27,7 @@ class Agreement:
     in a collective. The highest count is the place: no host is beyond it, and who is behind goes on up to it. It
     takes about a second and no collective of the devices. On a single host a wish is due at once.
 
-    A stop that comes before any host has finished a step would save nothing new, and compiling may take longer than
+    A SIGTERM that comes before any host has finished a step would save nothing new, and compiling may take longer than
     the machine is still there: then all processes end at once.
     """
 
@@ -65,7 +67,7 @@ class Agreement:
         with self._changed:
             if self._wish in (None, SAVE):
                 self._wish = wish
-        if self.asked and not self.begun:
+        if self.asked and not self.begun and wish == TERM:
             self._end(wish)
 
     def due(self) -> str | None:
@@ -114,7 +116,7 @@ class Agreement:
         wish = SAVE
         if stops:
             wish = said[self._host][1] if self._host in stops else f"another host ({said[stops[0]][1]})"
-            if not any(begun for _, _, begun in said.values()):
+            if any(said[host][1] == TERM for host in stops) and not any(begun for _, _, begun in said.values()):
                 self._end(wish)
         with self._changed:
             self._place, self._agreed = max(count for count, _, _ in said.values()), wish

@@ -326,6 +326,8 @@ class Checkpoints:
                 if part is None:
                     raise TimeoutError(f"host {host} did not finish its part")
                 files |= {name: FileRecord(*record) for name, record in json.loads(part).items()}
+            unseen = set(manifest.saved_files(folder)) - set(files)  # by hosts whose listing is older
+            files |= manifest.hash_files(folder, sorted(unseen))
             found = taken()
             arrays = {path: ArrayRecord(*shape, found.get(path, "")) for path, shape in shapes.items()}
             versions = {name: importlib.metadata.version(name) for name in WRITERS}

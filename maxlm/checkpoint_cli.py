@@ -72,7 +72,8 @@ def _verify(args: argparse.Namespace) -> int:
                 found[step] = ""
                 text = f"verified: {len(known.files)} files" if known else "not verified: it is of an older maxlm"
             except CheckpointError as error:
-                kind = "DAMAGED" if isinstance(error, DamagedError) else "not verified"
+                damaged = isinstance(error, DamagedError) and step in checkpoints.steps()  # or still being written
+                kind = "DAMAGED" if damaged else "not verified"
                 text = found[step] = f"{kind}: {error}"
             if not args.json:
                 print(f"{step:>10}  {text}", flush=True)

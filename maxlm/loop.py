@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maxlm import flops
-from maxlm.agreement import SAVE, Agreement
+from maxlm.agreement import SAVE, TERM, Agreement
 from maxlm.checkpoint import Checkpoints
 from maxlm.feed import Ahead, Feed
 from maxlm.goodput import COMPILE, DATA
@@ -101,6 +101,7 @@ class Loop:
                     if wish != SAVE:
                         stopped_by = wish
                         break
+                    self.enter(STEP, step)
                 self._profile(step + 1, state)
                 self.ledger.enter(DATA)
                 try:
@@ -287,7 +288,7 @@ class Loop:
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:
-            if self._agreement.begun:
+            if self._agreement.begun or name != TERM:
                 self.progress.note(f"{name}: finishing this step and saving; a second Ctrl-C ends at once, unsaved")
             self._agreement.ask(name)
 

@@ -29,6 +29,7 @@ def bench(capsys, *arguments):
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_measures_the_step_without_data(config, capsys, tmp_path):
     code, result = bench(
         capsys,

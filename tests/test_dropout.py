@@ -61,6 +61,7 @@ def run(accum=1, **train):
         return losses, float(program.evaluate(params, batch)[0])
 
 
+@pytest.mark.slow
 def test_a_run_drops_by_step_and_seed_in_training_alone():
     plain, evaluated = run()
     losses, evaluated_too = run(dropout=0.2)

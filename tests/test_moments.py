@@ -103,6 +103,7 @@ def test_state_on_the_host_changes_nothing(optim, mesh):
     assert {x.sharding.memory_kind for x in arrays(state["opt"])} == {"pinned_host"}
 
 
+@pytest.mark.slow
 def test_state_on_the_host_is_read_by_a_pipeline(tmp_path):
     config = small_config(optim={"state_on_host": True})
     plain, piped = program_on(config, fsdp=2), program_on(config, stage=3)

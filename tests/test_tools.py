@@ -114,3 +114,13 @@ def test_quant_loss(tmp_path):
         assert "bfloat16" in plain
         assert "minus bfloat16" in int8
         assert curve.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_chaos():
+    """Five kills, five cycles over meshes, twenty pairs of meshes."""
+    command = ("tools/chaos.py", "--short", "kills", "meshes", "soak")
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    tried = {row[0].removeprefix("| "): row[1:3] for row in rows[2:]}
+    assert sorted(tried.values()) == [["20", "20"], ["5", "5"], ["5", "5"]], done.stdout

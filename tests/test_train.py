@@ -120,6 +120,7 @@ def test_a_run_moves_into_a_pipeline_and_out_of_it(tmp_path, store):
     np.testing.assert_allclose(list(rows(moved).values()), list(rows(straight).values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys):
     cfg = config(tmp_path, store, train={"steps": 2})
     path = tmp_path / "c.yaml"
@@ -156,6 +157,7 @@ def test_a_run_stopped_on_its_last_step_or_killed_before_its_evaluation_is_finis
     assert (tmp_path / "r" / "metrics.damaged.jsonl").read_bytes() == b"\xff\n" + rows
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_when_the_run_ends_or_resumes_inside_its_window(tmp_path, store):
     cfg = config(tmp_path, store, train={"steps": 3, "profile_steps": [2, 3]})
     maxlm.train(cfg, callbacks=[lambda step, _: step == 2])
@@ -177,6 +179,7 @@ def test_a_data_function_that_gives_something_else_is_one_sentence(tmp_path, sto
         maxlm.train(config(tmp_path, store), data=lambda step: change(rows))
 
 
+@pytest.mark.slow
 def test_a_signal_while_data_is_waited_for_saves_and_ends(tmp_path, store):
     cfg, released, good = config(tmp_path, store, checkpoint={"every": 100}), threading.Event(), bad_batches(None)
 
@@ -209,6 +212,7 @@ def test_data_that_cannot_be_read_any_more_loses_no_step(tmp_path, store):
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
     base = config(tmp_path, store, checkpoint={"every": 2, "keep_last": 9})
     maxlm.train(base)
@@ -280,6 +284,7 @@ def one_run(tmp_path_factory, store):
     return root / "r", store
 
 
+@pytest.mark.slow
 def test_what_may_change_does_not_stop_a_resume(one_run):
     folder, store = one_run
     changed = config(
@@ -307,6 +312,7 @@ def test_a_run_shrinks_and_grows_with_the_devices_that_are_there(tmp_path, store
     np.testing.assert_allclose(list(rows(moved).values()), list(rows(straight).values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lost_manifests_do_not_begin_a_run_anew(tmp_path, store):
     maxlm.train(config(tmp_path, store, train={"steps": 2}))
     (tmp_path / "r" / "checkpoints" / "2" / "MANIFEST.json").unlink()
@@ -342,6 +348,7 @@ def test_a_bad_step_changes_nothing_but_its_count(tmp_path, store, optim):
     assert "the same bits: it is the data or the model" in text
 
 
+@pytest.mark.slow
 def test_a_step_behind_a_bad_one_is_not_lost(tmp_path, store):
     """It was on its way when the bad one was heard of."""
     each, late = (config(tmp_path / name, store, checkpoint={"every": n}) for name, n in (("a", 1), ("b", 100)))
@@ -401,6 +408,7 @@ def test_bad_steps_in_a_row_end_the_run(tmp_path, store):
         maxlm.train(cfg, data=bad_batches(cfg, 1, 3, 4, 5))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, store):
     cfg = config(tmp_path, store, optim={"learning_rate": 1e30, "clip_norm": None}, checkpoint={"every": 1})
     with pytest.raises(FloatingPointError, match=r"step \d.*learning_rate"):
@@ -416,6 +424,7 @@ def test_a_model_with_too_few_ids_for_the_store_is_refused(tmp_path, store):
         maxlm.train(config(tmp_path, store, model={"vocab_size": 200}))
 
 
+@pytest.mark.slow
 def test_the_readme_example_runs(tmp_path, monkeypatch, store):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code, "README.md has no Python example"

@@ -1,0 +1,1 @@
+"""Faults that tools/chaos.py makes on real runs, one module for each kind."""
