@@ -16,6 +16,8 @@ from tools.faults.work import LARGE, SMALL, Work, ended, wait_until
 EVERY = 5
 """Steps between saves."""
 KEPT = 2
+STRAIGHT_S = 1800.0
+"""For the undisturbed run: hundreds of steps with a save of 200 MB every few."""
 TAIL = 10
 """Steps after the last kill."""
 INSIDE = 0.4
@@ -59,7 +61,7 @@ def run(work: Work) -> list[Outcome]:
         steps = (compare.last_step(folder) // EVERY + 1) * EVERY + TAIL
         work.finish(config, f"train.steps={steps}")
         straight = work.config("kills_straight", **fields)
-        work.finish(straight, f"train.steps={steps}")
+        work.finish(straight, f"train.steps={steps}", patience_s=STRAIGHT_S)
         size = compare.same_end(folder, work.run_folder(straight), steps)
         _check_folder(folder, work.run_folder(straight), tally)
         outcome.notes += _notes(tally, size, steps, straight, work)

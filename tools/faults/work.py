@@ -152,11 +152,13 @@ class Work:
                 start_new_session=True,
             )
 
-    def finish(self, config: Path, *overrides: str, code: int = 0, **options: Any) -> str:
+    def finish(
+        self, config: Path, *overrides: str, code: int = 0, patience_s: float = PATIENCE_S, **options: Any
+    ) -> str:
         """Runs to the end, and returns what was printed; Broken if it ends in another way."""
         path = self.log_path(config)
         before = path.stat().st_size if path.exists() else 0
-        found = wait(self.start(config, *overrides, **options))
+        found = wait(self.start(config, *overrides, **options), patience_s)
         said = path.read_bytes()[before:].decode(errors="replace")
         if found != code:
             raise Broken(f"exit code {found}, not {code}; it ended with: {last_line(said)} (all of it in {path})")
