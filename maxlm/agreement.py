@@ -1,6 +1,7 @@
 """When a signal, a clock or a callback is obeyed: by all hosts at one and the same place of their work."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ TERM = "SIGTERM"
 """The wish of a machine that will not wait. Ctrl-C may come from a notebook, whose process must not end."""
 POLL_S = 0.5
 """Hosts look so often, in seconds, whether another one wishes something."""
-_KEY = "maxlm/wish/"
+_RUNS = itertools.count()  # of this process: all hosts train them in the same order
 
 
 class Agreement:
@@ -44,6 +45,7 @@ class Agreement:
         self._frozen, self._said, self._place, self._agreed = False, "", 0, ""
         self._changed = threading.Condition()
         self._client, self._host, self._num_hosts = hosts.service()
+        self._folder = f"maxlm/wish/{next(_RUNS)}/"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maxlm-agreement", daemon=True)
 
@@ -80,6 +82,8 @@ class Agreement:
             if self._frozen and self._count == self._place:
                 wish, self._agreed, self._frozen = self._agreed, "", False
                 self._round += 1
+                if self._wish == SAVE:  # wished again by a clock, before it was obeyed
+                    self._wish = None
                 return wish
             self._count += 1
             return None
@@ -95,7 +99,7 @@ class Agreement:
         with self._changed:
             if self._agreed:  # and not yet obeyed
                 return
-            folder = f"{_KEY}{self._round}/"
+            folder = f"{self._folder}{self._round}/"
         if not self._frozen:
             if self._wish is not None:
                 self._client.key_value_set(f"{folder}asked", "", allow_overwrite=True)
@@ -109,7 +113,7 @@ class Agreement:
         if len(found) == self._num_hosts:
             self._agree({int(key.rpartition("/")[2]): json.loads(text) for key, text in found})
             if self._host == 0 and self._round:  # all hosts are beyond it
-                self._client.key_value_delete(f"{_KEY}{self._round - 1}/")
+                self._client.key_value_delete(f"{self._folder}{self._round - 1}/")
 
     def _agree(self, said: dict[int, Any]) -> None:
         stops = [host for host, (_, wish, _) in sorted(said.items()) if wish not in (None, SAVE)]
@@ -123,8 +127,10 @@ class Agreement:
             self._changed.notify_all()
 
     def _end(self, wish: str) -> None:
-        self._leave(wish)
-        hosts.linger(self._host if self._num_hosts > 1 else None)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            self._leave(wish)
+            hosts.linger(self._host if self._num_hosts > 1 else None)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(0)

@@ -71,6 +71,7 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="maxlm-save")
         self._aside = set[int]()
+        self._newest: int | None = None  # that is complete, as far as this process knows
         self._kinds: dict[int, bool] = {}  # whether a step is temporary, as far as its manifest has been read
         # folders that cannot be made are heard of at once
         options = ocp.AsyncOptions(timeout_secs=int(HOSTS_S), create_directories_asynchronously=False)
@@ -127,6 +128,7 @@ class Checkpoints:
         named = named_leaves(state)
         taken = fingerprints({path: x for path, x in named.items() if isinstance(x, jax.Array)})
         try:
+            self._look_for_newest(step)
             self._orbax.save(_place(self.step_path(step)), args=ocp.args.StandardSave(state), force=True)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -194,7 +196,8 @@ class Checkpoints:
         self._tell_of_unfinished()
         while (step := self.latest()) is not None:
             try:
-                return self.restore(step, shapes, stack), step
+                found, self._newest = self.restore(step, shapes, stack), step
+                return found, step
             except DamagedError as error:
                 self.put_aside(step, str(error))
         if self._aside or any(DAMAGED in storage.list_dir(self.step_path(step)) for step in self.folders()):
@@ -317,6 +320,7 @@ class Checkpoints:
     ) -> None:
         """In the background: waits for Orbax, hashes what it wrote, each host a share, and writes the manifest."""
         self._orbax.wait_until_finished()
+        self._look_for_newest(step)
         folder, topic = self.step_path(step), f"save/{count}"
         names = manifest.saved_files(folder)[jax.process_index() :: jax.process_count()]
         parts = hosts.gather(json.dumps(manifest.hash_files(folder, names)), HOSTS_S, topic)
@@ -334,9 +338,15 @@ class Checkpoints:
             Manifest(
                 step=step, temporary=temporary, files=files, arrays=arrays, run=self._run, versions=versions
             ).write(folder)
-            self._kinds[step] = temporary
+            self._kinds[step], self._newest = temporary, step
             self._retire(step)
         hosts.follow("done" if hosts.is_first() else None, HOSTS_S, topic)
+
+    def _look_for_newest(self, step: int) -> None:
+        """Orbax would make a folder anew that is not there any more, such as that of a disk that was lost."""
+        newest = self._newest
+        if newest is not None and newest != step and not storage.exists(self.step_path(newest)):
+            raise FileNotFoundError(f"the checkpoint of step {newest} has vanished from there")
 
     def _retire(self, newest: int) -> None:
         """Removes what need not be kept any more. The newest complete step always stays."""

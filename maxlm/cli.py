@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,7 @@ def _train(args: argparse.Namespace) -> int:
 
     for name in ("absl", "asyncio"):  # Orbax logs whole tracebacks of the errors that it raises as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # Orbax, when a save fails
     result = train(config)
     if any(thread.name.startswith(READER) for thread in threading.enumerate()):
         sys.stdout.flush()

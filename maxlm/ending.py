@@ -152,18 +152,18 @@ class Ending:
         """After a signal or a callback: the state is saved, say how to go on."""
         self.loop.checkpoints.wait()
         self.write(step, "stopped")
+        path, saved = self.loop.checkpoints.path, self.loop.checkpoints.latest() == step
         self.loop.progress.note(
-            f"stopped by {stopped_by} after step {step}, which is saved in {self.loop.checkpoints.path}.\n"
-            "Run the same command again to continue."
+            f"stopped by {stopped_by} after step {step}, "
+            + (f"which is saved in {path}.\n" if saved else "with nothing trained in this start.\n")
+            + "Run the same command again to continue."
         )
         self.loop.progress.note(summary_table(goodput.rows(self.loop.ledger.goodput())))
 
     def complete(self, state: State, step: int) -> dict[str, float]:
         """After the last step. Returns the final figures."""
         note = self.loop.progress.note
-        rows = read_metrics(self.folder.path).train  # of a run killed before its last evaluation
-        last = self.loop.last or (rows[-1] if rows else {"loss": math.nan})
-        final = {"train_loss": last["loss"], **self.loop.evaluate(state, step)}
+        final = {"train_loss": self._train_loss(), **self.loop.evaluate(state, step)}
         self.loop.enter("ending", step)
         more: dict[str, Any] = {"final": final}
         stores = self.source.stores if isinstance(self.source, Loader) and self.folder.primary else []
@@ -178,6 +178,13 @@ class Ending:
             paths = report.write_report([self.folder.path])
             note("report       " + "\n             ".join(str(path) for path in paths))
         return final
+
+    def _train_loss(self) -> float:
+        """Of the newest step that counted; from the metrics, of a run that was killed before its last evaluation."""
+        if self.loop.last:
+            return self.loop.last["loss"]
+        rows = [row for row in read_metrics(self.folder.path).train if not row.get("skipped")]
+        return rows[-1]["loss"] if rows else math.nan
 
     def _sample(self, state: State) -> dict[str, str]:
         config = self.loop.config.eval

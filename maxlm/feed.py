@@ -1,10 +1,12 @@
 """From host rows to global device arrays. A host reads the range of rows from its first to its last device's."""
 
 import contextlib
+import contextvars
 import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +18,8 @@ from maxlm.loss import BATCH, Batch
 from maxlm.step import Program
 
 HostBatch = dict[str, np.ndarray]
+HANGS_S = 10.0
+"""A read that takes so long when the run has ended hangs."""
 
 
 class DataSource(Protocol):
@@ -140,13 +144,14 @@ class Feed:
 
 
 class Ahead:
-    """Takes batches in a thread of its own, so that who waits for one can give up."""
+    """Takes batches in one thread of its own, so that who waits for one can give up."""
 
     def __init__(self, batches: Generator[Batch, None, None]):
         self._batches, self._waiting = batches, False
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="maxlm-feed", daemon=True)
+        self._found: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        run = partial(contextvars.copy_context().run, self._run)
+        self._thread = threading.Thread(target=run, name="maxlm-feed", daemon=True)
         self._thread.start()
 
     def next(self, give_up: Callable[[], bool], poll_s: float = 0.2) -> Batch | None:
@@ -166,7 +171,7 @@ class Ahead:
             with contextlib.suppress(queue.Empty):
                 found = self._found.get(timeout=poll_s)
                 self._waiting = False
-                if isinstance(found, Exception):
+                if isinstance(found, BaseException):
                     raise found
                 return found
             if give_up():
@@ -176,12 +181,12 @@ class Ahead:
         """Ends the reading; one that hangs is left to the end of the process."""
         self._asked.put(False)
         if not self._waiting:
-            self._thread.join()
+            self._thread.join(HANGS_S)
 
     def _run(self) -> None:
         while self._asked.get():
             try:
                 self._found.put(next(self._batches))
-            except Exception as error:
+            except BaseException as error:
                 self._found.put(error)
         self._batches.close()

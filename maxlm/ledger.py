@@ -1,5 +1,6 @@
 """Keeps the time of one start of a run while it trains, for goodput.json. See goodput.py."""
 
+import contextlib
 import itertools
 import math
 import sys
@@ -15,6 +16,8 @@ from maxlm.stop import process_age_s
 
 EVERY_S, BUCKET_EVERY_S = 10.0, 60.0
 """Seconds between two writes, at least; saves and the compilation are recorded at once."""
+DAMAGED = "goodput.damaged.json"
+"""Copy of a goodput.json that could not be understood."""
 _NUM_STARTS = itertools.count()
 
 
@@ -52,6 +55,7 @@ class Ledger:
         tell: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
+        resumed: bool = True,
     ):
         """Opens the ledger. A file that is missing or damaged is told and begun anew.
 
@@ -64,6 +68,7 @@ class Ledger:
             tell: is told what a person should know; default: standard error.
             clock: seconds that only grow.
             wall_clock: seconds since 1970.
+            resumed: the run has been here before; a branch of another one has not.
         """
         self._path, self._clock = storage.join(run_dir, FILE), clock
         self._tell = tell or partial(print, file=sys.stderr, flush=True)
@@ -72,7 +77,7 @@ class Ledger:
         self._start = Start(began, first, first, began, num_devices)
         self._devices, self._unfinished_s = _Devices(first), 0.0
         self._writes, self._writer, self._problem = write, threading.Thread(), ""
-        self._before = self._earlier(run_dir, first) if write else []
+        self._before = self._earlier(run_dir, first, resumed) if write else []
         self._settle()
         self._write_soon()
 
@@ -123,13 +128,20 @@ class Ledger:
         if self._problem:
             self._tell(f"the time of this start is not recorded: {self._problem}")
 
-    def _earlier(self, run_dir: str, first: int) -> list[Start]:
+    def _earlier(self, run_dir: str, first: int, resumed: bool) -> list[Start]:
         try:
             found = read(run_dir)
-        except (ValueError, OSError) as error:
-            self._tell(f"{error}; the time of earlier starts is not counted")
+        except OSError as error:
+            self._tell(f"{error}; the time of this start is not recorded, {FILE} is left as it is")
+            self._writes = False
             return []
-        if first and not found:
+        except ValueError as error:
+            copy = storage.join(run_dir, DAMAGED)
+            with contextlib.suppress(OSError):
+                storage.write_bytes(copy, storage.read_bytes(self._path))
+            self._tell(f"{error}; the time of earlier starts is not counted, {copy} is the file as it was")
+            return []
+        if resumed and first and not found:
             self._tell(f"no {FILE} tells of the time up to step {first}; it is not counted")
         return found
 

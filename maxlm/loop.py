@@ -128,7 +128,8 @@ class Loop:
                 if _due(step, config.eval.every) and step < total:
                     self.evaluate(state, step, stoppable=True)
                     self.enter(STEP, step)
-                if due:
+                # A run that cannot get beyond bad steps is not to be saved further and further within them.
+                if due and (step == total or not self._bad_steps):
                     self._save(state, saved := step, temporary=False)
                     self.enter(STEP, step)
             self.enter("ending", step)
@@ -233,8 +234,10 @@ class Loop:
         self._agreement.begun, self.step = True, step
         self.enter(STEP, step)
         if not skipped:
-            self.last, self._bad_steps = values, 0
-        elif not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+            self.last = values
+        if all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+            self._bad_steps = 0
+        else:
             self._bad(step, values)
         for callback in self.callbacks:
             if callback(step, values):
@@ -244,6 +247,7 @@ class Loop:
         """Counts a step without finite numbers."""
         self._bad_steps, limit = self._bad_steps + 1, self.config.train.max_bad_steps
         if self._bad_steps >= limit:
+            self.checkpoints.wait()
             name = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
             before = f", as in the {limit - 1} before" if limit > 1 else ""
             raise FloatingPointError(
@@ -271,7 +275,8 @@ class Loop:
 
     def _wished(self) -> str | None:
         """What all hosts do now, if anything; comes before each program that they start together."""
-        self._wish = self._wish or self._agreement.due()
+        if self._wish in (None, SAVE):
+            self._wish = self._agreement.due() or self._wish
         return self._wish
 
     def _ask_by_clock(self) -> None:
@@ -288,9 +293,9 @@ class Loop:
 
     def _signals(self) -> StopSignals:
         def first(name: str) -> None:
+            self._agreement.ask(name)
             if self._agreement.begun or name != TERM:
                 self.progress.note(f"{name}: finishing this step and saving; a second Ctrl-C ends at once, unsaved")
-            self._agreement.ask(name)
 
         def second() -> None:
             saved = self.checkpoints.latest()

@@ -1,5 +1,6 @@
 """Stopping early: Ctrl-C and SIGTERM ask for a save; a second Ctrl-C ends at once."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -53,9 +54,11 @@ class StopSignals:
     def _received(self, number: int) -> None:
         before, self._numbers = self._numbers, [*self._numbers, number]
         if not before:
-            self._on_first("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+            with contextlib.suppress(BaseException):  # such as of a terminal that is gone; later signals count
+                self._on_first("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
         elif number == signal.SIGINT and signal.SIGINT in before:
-            self._on_second()
+            with contextlib.suppress(BaseException):
+                self._on_second()
             os._exit(130)  # not sys.exit: background saves and device work must not hold the process
 
 

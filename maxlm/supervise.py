@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ DUMP_S = 3.0
 """For writing what the threads were doing."""
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL, for a run that hangs."""
+OWN_CTRL_C_S = 3.0
+"""A trainer that has not ended so long after Ctrl-C may not have got it."""
 ASKED_WRONGLY, INTERRUPTED = 2, 130
 """Exit codes with which starting again would change nothing."""
 
@@ -85,6 +88,7 @@ class _Stop:
         self.asked: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "_Stop":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,8 +108,16 @@ class _Stop:
 
     def _received(self, number: int, _: Any) -> None:
         self.asked = number
-        # Ctrl-C in a terminal reaches the trainer as well, and counts once: only a second SIGINT ends it unsaved
-        if self.child is not None:
+        if number == signal.SIGTERM:
+            self.pass_on()
+        elif self._timer is None:  # in a terminal Ctrl-C reaches the trainer as well
+            self._timer = threading.Timer(OWN_CTRL_C_S, self.pass_on)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def pass_on(self) -> None:
+        """Asks the trainer to save and end. Asked twice is asked once: only a second SIGINT ends it unsaved."""
+        if self.child is not None and self.child.poll() is None:
             self.child.send_signal(signal.SIGTERM)
 
 

@@ -64,7 +64,8 @@ def train(
         config: the run. Running it again continues from the newest checkpoint, bit for bit.
         token_loss: (float32 logits [B, T, V], batch) -> loss of every token [B, T]; default: cross entropy. See
             loss.TokenLoss for what it may look at.
-        data: step -> global batch {"tokens", "targets": int32 [B, T], ...}, instead of config.data.
+        data: step -> global batch {"tokens", "targets": int32 [B, T], ...}, instead of config.data. Called in a thread
+            of its own, always the same one.
         callbacks: called after every step.
 
     Returns:
@@ -108,7 +109,8 @@ def train(
 
         # ---- loop
         age_s = ledger.age_s(time.perf_counter() - started)
-        book = stack.enter_context(ledger.Ledger(folder.path, first, mesh.size, age_s, folder.primary, folder.tell))
+        whose = (folder.path, first, mesh.size, age_s, folder.primary, folder.tell)
+        book = stack.enter_context(ledger.Ledger(*whose, resumed=done > 0))
         facts = ending.facts(program, sizes)
         progress = stack.enter_context(_progress(config, folder, facts, first))
         metrics = stack.enter_context(_metrics(config, folder, first)) if folder.primary else None

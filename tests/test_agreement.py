@@ -1,5 +1,6 @@
 """Hosts that do something at one and the same place: threads stand for hosts, a dict for the key-value store."""
 
+import itertools
 import random
 import threading
 import time
@@ -36,8 +37,9 @@ def make(monkeypatch):
     """Agreements of a number of hosts."""
     monkeypatch.setattr(agreement, "POLL_S", 0.02)
 
-    def make(count, leave=lambda wish: None):
-        store, made = Store(), []
+    def make(count, leave=lambda wish: None, store=None, run=0):
+        monkeypatch.setattr(agreement, "_RUNS", itertools.repeat(run))
+        store, made = store or Store(), []
         for host in range(count):
             monkeypatch.setattr(hosts, "service", lambda host=host: (store, host, count))
             made.append(Agreement(leave))
@@ -137,3 +139,15 @@ def test_before_the_first_step_all_end_at_once_unless_one_has_begun(make, monkey
     assert left.count(0) == 2
     left.clear()
     assert work(make(2, leave=left.append)[0], {(0, 0): "SIGTERM"}) and not left
+
+
+def test_a_second_run_does_not_hear_the_wishes_of_the_first(make):
+    agreements, store = make(2)
+    assert len(work(agreements, {(0, 20): SAVE, (1, 200): "SIGTERM"})[0]) == 2
+    assert work(make(2, store=store, run=1)[0], {}, steps=300) == [[], []]
+
+
+def test_a_save_that_is_wished_again_before_it_is_obeyed_is_one_save(make):
+    agreements, _ = make(2)
+    found = work(agreements, {(0, at): SAVE for at in range(50, 53)} | {(0, 900): "SIGTERM"})
+    assert [wish for wish, _ in found[0]] == [SAVE, "SIGTERM"]

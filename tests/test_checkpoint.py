@@ -285,6 +285,17 @@ def test_a_folder_in_the_way_is_heard_of(tmp_path):
             save_and_wait(checkpoints, 1)
 
 
+def test_checkpoints_that_vanish_are_heard_of_at_the_next_save(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        save_and_wait(checkpoints, 1)
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+        with pytest.raises(CheckpointError, match="saving step 2 .* the checkpoint of step 1 has vanished"):
+            checkpoints.save(2, state(2))
+        (tmp_path / "away").rename(tmp_path / "checkpoints")
+        save_and_wait(checkpoints, 3)
+        assert checkpoints.steps() == [1, 3]
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     saved(tmp_path, 1)
     left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"

@@ -77,7 +77,8 @@ def _once(
         said = work.log_path(config).read_text(errors="replace")
         need(code not in (0, -9), f"it ended with exit code {code}: {last_line(said)}")
         # tensorstore prints tracebacks of its own before
-        need(last_line(said).startswith("error: "), f"no sentence ends {work.log_path(config)}")
+        ends = said.splitlines()[-3:]
+        need(any(line.startswith("error: ") for line in ends), f"no sentence ends {work.log_path(config)}")
         need(any(word in said for word in words), f"no sentence says {' or '.join(words)}: {last_line(said)}")
         left = compare.latest(folder)
         need(left is not None and left >= (before or 0), f"of step {before} only {left} is left")
@@ -177,7 +178,7 @@ def obedient() -> tuple[str, ...]:
 FAULTS: dict[str, tuple[tuple[str, ...], Fault]] = {
     "disk full during a save": (("No space left on device",), full),
     "permission denied during a save": (("Permission denied",), denied),
-    "folder of the checkpoints gone during a save": (("failed", "No such file"), vanished),
+    "folder of the checkpoints gone during a save": (("failed", "No such file", "has vanished"), vanished),
 }
 
 
