@@ -405,7 +405,7 @@ def test_update_gathers_nothing(name):
     assert not ops
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"stage": 2, "rounds": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_muon_adds_only_all_to_alls_to_the_step(mesh):
     """In the whole step XLA once replicated every momentum, which the update alone did not show."""
