@@ -25,11 +25,13 @@ MAY_IMPORT = {
     "model": {"config", "sharding"},
     "data": {"config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
+    "convert": set(),
 }
 # Parts that only these may import.
 MAY_BE_IMPORTED_BY = {
     "trainer": {"cli", "__init__"},
     "cli": {"__main__"},
+    "convert": {"cli"},
     "__main__": set(),
 }
 # Packages whose import name says nothing about who ships it, or that several ship.

@@ -1,0 +1,157 @@
+"""Writing safetensors: headers first, then tensor by tensor, and names that say "whole" only at the end."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from maxlm.convert.safetensors import INDEX, NAMES, SINGLE, SafetensorsError, Tensor, shown
+
+SHARD_BYTES = 5_000_000_000
+"""Of one file, at most, unless a tensor is larger."""
+
+
+class Writer:
+    """Writes a model's tensors into a folder, in any order. Use as a context manager.
+
+    Shapes are known beforehand, so that headers are written first. Files have temporary names (.NAME.partial) until
+    all tensors are there and on the disk; the index, or the only file, gets its name last. What an exception leaves is
+    removed.
+
+    Attributes:
+        files: names of the files.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        shard_bytes: int = SHARD_BYTES,
+        metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+    ):
+        """Plans the files.
+
+        Args:
+            folder: is there already.
+            tensors: dtype and shape of each, by name; files are filled in this order.
+            shard_bytes: a file gets a new one after it before its tensors are more than this.
+            metadata: text for the headers.
+        """
+        self._folder, self._metadata = folder, dict(metadata)
+        self._tensors = {name: Tensor(np.dtype(dtype), tuple(shape), 0) for name, (dtype, shape) in tensors.items()}
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in NAMES:
+                raise SafetensorsError(f"tensor {shown(name)}: safetensors has no dtype {tensor.dtype}")
+        shards = list(_shards(self._tensors, shard_bytes))
+        many = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self.files = [SINGLE] if len(shards) == 1 else many
+        self._shards = dict(zip(self.files, shards, strict=True))
+        self._places = dict[str, tuple[int, int]]()  # descriptor and start, of tensors that are still to come
+        self._open = dict[str, int]()
+
+    def __enter__(self) -> "Writer":
+        try:
+            for file, names in self._shards.items():
+                self._begin(file, names)
+        except BaseException as error:
+            self._leave()
+            if isinstance(error, OSError):
+                raise OSError(f"cannot write to {self._folder}: {error.strerror}") from None
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as error:
+            raise OSError(f"cannot write to {self._folder}: {error.strerror}") from None
+        finally:
+            self._leave()
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes one of the tensors, once.
+
+        Raises:
+            SafetensorsError: it is none of them, or has another dtype or shape.
+            OSError: no space, for example.
+        """
+        if name not in self._places:
+            raise SafetensorsError(f"tensor {shown(name)} is not to be written, or has been")
+        wanted = self._tensors[name]
+        if (values.dtype, values.shape) != (wanted.dtype, wanted.shape):
+            raise SafetensorsError(
+                f"tensor {shown(name)} is {values.dtype}{list(values.shape)}, not {wanted.dtype}{list(wanted.shape)}"
+            )
+        descriptor, start = self._places[name]
+        view, done = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, 0
+        try:
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done:], start + done)
+        except OSError as error:
+            raise OSError(f"cannot write to {self._folder}: {error.strerror}") from None
+        del self._places[name]
+
+    def _begin(self, file: str, names: list[str]) -> None:
+        entries, at = dict[str, Any](), 0
+        for name in names:
+            tensor = self._tensors[name]
+            offsets = [at, at := at + tensor.num_bytes]
+            entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header = {"__metadata__": self._metadata, **entries} if self._metadata else entries
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._open[file] = descriptor = os.open(self._partial(file), flags, 0o666)
+        os.truncate(descriptor, 8 + len(text) + at)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        for name in names:
+            self._places[name] = descriptor, 8 + len(text) + entries[name]["data_offsets"][0]
+
+    def _finish(self) -> None:
+        if self._places:
+            raise SafetensorsError(f"tensor {shown(next(iter(self._places)))} has not been written")
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+        if len(self.files) > 1:
+            total = sum(tensor.num_bytes for tensor in self._tensors.values())
+            places = {name: file for file, names in self._shards.items() for name in names}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}, indent=2)
+            self._open[INDEX] = descriptor = os.open(self._partial(INDEX), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(text.encode() + b"\n")
+            os.fsync(descriptor)
+        for file in self._open:  # the index is the last
+            os.replace(self._partial(file), os.path.join(self._folder, file))
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _leave(self) -> None:
+        for file, descriptor in self._open.items():
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(self._partial(file))
+        self._open = {}
+
+    def _partial(self, file: str) -> str:
+        return os.path.join(self._folder, f".{file}.partial")
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+    """Names of the tensors of each file; those of wide types first, so that all are aligned."""
+    shard, size = list[str](), 0
+    wide_first = lambda names: sorted(names, key=lambda name: -tensors[name].dtype.itemsize)  # noqa: E731
+    for name, tensor in tensors.items():
+        if shard and size + tensor.num_bytes > limit:
+            yield wide_first(shard)
+            shard, size = [], 0
+        shard.append(name)
+        size += tensor.num_bytes
+    yield wide_first(shard)
