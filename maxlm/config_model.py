@@ -50,6 +50,16 @@ class ModelConfig(Section):
     rope_theta: float = Field(10_000.0, gt=0, description="RoPE base wavelength, in tokens / 2 pi.")
     rope_theta_local: float | None = Field(None, gt=0, description="RoPE base of local layers; null means rope_theta.")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="Share of each head's features that RoPE rotates.")
+    rope_scaling_factor: float | None = Field(
+        None, ge=1, description="RoPE waves that are long turn slower by this in global layers (Llama 3.1); null: none."
+    )
+    rope_scaling_low: float = Field(
+        1.0, gt=0, description="Waves that fit at most so often into rope_scaling_positions are long."
+    )
+    rope_scaling_high: float = Field(
+        4.0, gt=0, description="Waves that fit at least so often stay as they are; those between change in part."
+    )
+    rope_scaling_positions: Positive = Field(8192, description="Context before RoPE was scaled, in tokens.")
     max_positions: Positive | None = Field(
         None, description="Rows of the learned position table, in tokens; needed when position=learned."
     )
@@ -128,6 +138,13 @@ class ModelConfig(Section):
         return self.expert_d_ff or self.d_ff
 
     @property
+    def rope_scaling(self) -> tuple[float, float, float, int] | None:
+        """Factor, low, high and positions of model.rope.scaled; None without scaling."""
+        if self.rope_scaling_factor is None:
+            return None
+        return self.rope_scaling_factor, self.rope_scaling_low, self.rope_scaling_high, self.rope_scaling_positions
+
+    @property
     def num_expert_layers(self) -> int:
         """Layers with experts."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
@@ -166,6 +183,10 @@ class ModelConfig(Section):
         if self.position == "rope" and int(self.head_size * self.rope_fraction) % 2:
             raise ValueError(
                 f"RoPE rotates pairs, but head size {self.head_size} x rope_fraction={self.rope_fraction} is odd"
+            )
+        if self.rope_scaling_high <= self.rope_scaling_low:
+            raise ValueError(
+                f"rope_scaling_high={self.rope_scaling_high} must be above rope_scaling_low={self.rope_scaling_low}"
             )
         return self
 

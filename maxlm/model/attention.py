@@ -53,8 +53,9 @@ class Attention(nnx.Module):
         local = self.kind == "local"
         if config.position == "rope":
             theta = (config.rope_theta_local if local else None) or config.rope_theta
-            q_BTNH = rope(q_BTNH, positions_BT, theta, config.rope_fraction)
-            k_BTKH = rope(k_BTKH, positions_BT, theta, config.rope_fraction)
+            scaling = None if local else config.rope_scaling
+            q_BTNH = rope(q_BTNH, positions_BT, theta, config.rope_fraction, scaling)
+            k_BTKH = rope(k_BTKH, positions_BT, theta, config.rope_fraction, scaling)
         o_BTNH = kernel(
             q_BTNH,
             k_BTKH,
