@@ -119,6 +119,20 @@ def loss_and_grads(program: Program, params: Any, batch: dict[str, np.ndarray]) 
     return float(metrics["loss"]), unstacked(program, jax.device_get(grads))
 
 
+def our_logits(program: Program, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits [B, T, V] of a host batch [1, B, T]."""
+    with jax.set_mesh(program.mesh):
+        run = jax.jit(lambda p, b: program.passes.logits(p, {k: v[0] for k, v in b.items()}))
+        return np.asarray(run(*place(program, params, batch)))
+
+
+def one_document(config: Config) -> dict[str, np.ndarray]:
+    """A host batch [1, B, T] of rows that are one document each."""
+    batch = random_batch(config)
+    positions = np.broadcast_to(np.arange(config.train.seq_len, dtype=np.int32), batch["tokens"].shape).copy()
+    return batch | {"segments": np.ones_like(positions), "positions": positions}
+
+
 def worst_error(a: Any, b: Any) -> float:
     """Largest max|a - b| / max|b| over the leaves."""
     errors = jax.tree.map(lambda x, y: float(np.abs(x - y).max() / np.abs(y).max()), a, b)

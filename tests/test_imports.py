@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "model": {"config", "sharding"},
     "data": {"config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
-    "convert": set(),
+    "convert": {"config", "config_model", "leaves", "mesh", "model"},
 }
 # Parts that only these may import.
 MAY_BE_IMPORTED_BY = {

@@ -6,11 +6,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import loss_and_grads, perturbed_params, place, program_on, random_batch, small_config
+from helpers import (
+    loss_and_grads,
+    one_document,
+    our_logits,
+    perturbed_params,
+    program_on,
+    small_config,
+)
 
-from maxlm.config import Config
 from maxlm.optim import update
-from maxlm.step import Program
 
 pytestmark = pytest.mark.oracle
 
@@ -217,20 +222,6 @@ def both(family: str, **mesh: int) -> SimpleNamespace:
     # every number of ours went over, and every parameter of theirs came from us (strict)
     assert sum(p.numel() for p in peer.parameters()) == sum(p.size for p in jax.tree.leaves(params))
     return SimpleNamespace(config=config, program=program, params=params, peer=peer, to_theirs=to_theirs)
-
-
-def our_logits(program: Program, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits [B, T, V] of a host batch [1, B, T]."""
-    with jax.set_mesh(program.mesh):
-        run = jax.jit(lambda p, b: program.passes.logits(p, {k: v[0] for k, v in b.items()}))
-        return np.asarray(run(*place(program, params, batch)))
-
-
-def one_document(config: Config) -> dict[str, np.ndarray]:
-    """A host batch [1, B, T] of rows that are one document each."""
-    batch = random_batch(config)
-    positions = np.broadcast_to(np.arange(config.train.seq_len, dtype=np.int32), batch["tokens"].shape).copy()
-    return batch | {"segments": np.ones_like(positions), "positions": positions}
 
 
 def their_logits(peer: Any, tokens: np.ndarray) -> Any:

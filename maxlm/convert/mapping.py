@@ -1,0 +1,174 @@
+"""One model's tensors beside its parameters: what goes where, and how it is turned, in both directions."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from maxlm.config import MeshConfig, ModelConfig
+from maxlm.convert.families import Family, FamilyError
+from maxlm.leaves import map_paths, shapes_of
+from maxlm.mesh import make_mesh
+from maxlm.model.param import dims_of, sizes
+from maxlm.model.transformer import Transformer
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of ours.
+
+    Attributes:
+        dims: dimension letters, without the L of stacked ones.
+        shape: all of it, padding and stacked layers included.
+    """
+
+    dims: str
+    shape: Shape
+
+    @property
+    def own(self) -> Shape:
+        """Shape of one layer's share."""
+        return self.shape[len(self.shape) - len(self.dims) :]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or one layer's share of it, as a part of their tensor.
+
+    Attributes:
+        path: of the parameter, such as layers/0/attention/q.
+        slot: place in the stack of layers; None of what is not stacked.
+        shape: of ours, padding included.
+        apart: their dimensions, those that they join taken apart; without padding.
+        joined: their shape.
+        order: transpose of `apart` that gives our order.
+    """
+
+    path: str
+    slot: int | None
+    shape: Shape
+    apart: Shape
+    joined: Shape
+    order: tuple[int, ...]
+
+    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
+        """Their tensor in our order; padding is zeros."""
+        x = theirs.reshape(self.apart).transpose(self.order)
+        if x.shape == self.shape:
+            return x
+        padded = np.zeros(self.shape, x.dtype)
+        padded[tuple(slice(size) for size in x.shape)] = x
+        return padded
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        """Our parameter in their order, padding cut off."""
+        real = [self.apart[i] for i in self.order]
+        return ours[tuple(map(slice, real))].transpose(np.argsort(self.order)).reshape(self.joined)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of theirs: its shape, and its parts, which follow one another along dimension 0."""
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+
+    def to_ours(self, theirs: np.ndarray) -> list[tuple[Part, np.ndarray]]:
+        """Each part and its values in our order."""
+        cuts = np.cumsum([part.joined[0] for part in self.parts])[:-1]
+        pieces = np.split(theirs, cuts) if len(self.parts) > 1 else [theirs]
+        return [(part, part.to_ours(x)) for part, x in zip(self.parts, pieces, strict=True)]
+
+    def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Their tensor, of the values of each part."""
+        pieces = [part.to_theirs(x) for part, x in zip(self.parts, ours, strict=True)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@functools.cache
+def parameters(model: ModelConfig) -> dict[str, Parameter]:
+    """All parameters of a model, by path, without making any."""
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.local_devices(backend="cpu")[:1])):
+        state = nnx.split(jax.eval_shape(lambda: Transformer(jax.random.key(0), model)))[1]
+    letters: dict[str, str] = {}
+    map_paths(letters.__setitem__, nnx.to_pure_dict(dims_of(state)))
+    shapes = shapes_of(nnx.to_pure_dict(state))
+    return {path: Parameter(dims.replace("J", "K"), shapes[path][0]) for path, dims in letters.items()}
+
+
+def entries(family: Family, model: ModelConfig) -> list[Entry]:
+    """All tensors of a model in its family's form, in the order of the layers.
+
+    Raises:
+        FamilyError: a parameter of the model has no place in it.
+    """
+    ours, found = parameters(model), list[Entry]()
+    for row in family.rows:
+        stacked = "*" in row.parts[0][0]
+        for layer in range(model.num_layers) if stacked else [0]:
+            kind, slot = layer % len(model.layer_pattern), layer // len(model.layer_pattern)
+            paths = [path.replace("*", str(kind)) for path, _ in row.parts]
+            present = [path in ours for path in paths]
+            if not any(present):
+                continue
+            if not all(present):
+                raise FamilyError(f"{family.model_type} joins {paths[0]} with {paths[present.index(False)]}")
+            parts = tuple(
+                _part(path, ours[path], dims, slot if stacked else None, model)
+                for path, (_, dims) in zip(paths, row.parts, strict=True)
+            )
+            rows = sum(part.joined[0] for part in parts)
+            found.append(Entry(row.theirs.format(layer), (rows, *parts[0].joined[1:]), parts))
+    placed = {part.path for entry in found for part in entry.parts}
+    if left := [path for path in ours if path not in placed]:
+        raise FamilyError(f"{family.model_type} has no tensor for the parameter {left[0]}")
+    return found
+
+
+def check_tensors(wanted: Sequence[Entry], found: Mapping[str, Shape], where: str) -> None:
+    """Accounts for every tensor.
+
+    Args:
+        wanted: what the config says.
+        found: shape by name.
+        where: they are, for the message.
+
+    Raises:
+        FamilyError: names the first tensor that is missing, has another shape, or is too many.
+    """
+    for entry in wanted:
+        if entry.name not in found:
+            raise FamilyError(f"{where} has no tensor {entry.name}, which its config.json asks for")
+        if tuple(found[entry.name]) != entry.shape:
+            raise FamilyError(
+                f"{where}: tensor {entry.name} is {list(found[entry.name])}, and config.json makes it "
+                f"{list(entry.shape)}"
+            )
+    names = {entry.name for entry in wanted}
+    if extra := [name for name in found if name not in names]:
+        raise FamilyError(f"{where} has a tensor {ascii(extra[0])[:120]} that has no place in the model")
+
+
+def _part(path: str, ours: Parameter, dims: str, slot: int | None, model: ModelConfig) -> Part:
+    size = {**sizes(model), "V": model.vocab_size}
+    letters = dims.replace("(", "").replace(")", "")
+    assert sorted(letters) == sorted(ours.dims), (path, dims, ours.dims)
+    joined, inside = list[int](), False
+    for letter in dims:
+        if letter in "()":
+            inside = letter == "("
+            joined += [1] * inside
+        elif inside:
+            joined[-1] *= size[letter]
+        else:
+            joined.append(size[letter])
+    apart, order = tuple(size[d] for d in letters), tuple(letters.index(d) for d in ours.dims)
+    assert math.prod(joined) == math.prod(apart)
+    return Part(path, slot, ours.own, apart, tuple(joined), order)

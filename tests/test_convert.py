@@ -1,0 +1,174 @@
+"""Models of every family: their tensors and ours are the same numbers, and both sides are accounted for."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import one_document, our_logits, program_on, small_config
+
+from maxlm.config import ModelConfig
+from maxlm.convert.families import FAMILIES, FamilyError, family_for, family_of
+from maxlm.convert.mapping import check_tensors, entries, parameters
+
+SIZES = {
+    "vocab_size": 250,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 100.0,
+}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = {  # config.json of a small model of each kind
+    "llama": {"model_type": "llama", **SIZES, "head_dim": 10},
+    "llama, scaled": {
+        "model_type": "llama",
+        **SIZES,
+        "head_dim": 10,
+        "rope_scaling": {**SCALED, "original_max_position_embeddings": 20},
+    },
+    "llama, biases": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", **SIZES, "head_dim": 10, "sliding_window": 5},
+    "mistral, no window": {"model_type": "mistral", **SIZES, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", **SIZES},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 10, "tie_word_embeddings": True},
+    "phi3": {"model_type": "phi3", **SIZES, "sliding_window": 5},
+}
+
+
+def read(name):
+    """The family and our model config of a case."""
+    tree = CASES[name]
+    return family_of(tree), family_of(tree).read_config(tree)
+
+
+def random_tensors(wanted, dtype=np.float32, seed=0):
+    """Tensors in which no number is at its default: norms are around one, all else around zero."""
+    rng = np.random.default_rng(seed)
+    return {e.name: (("norm" in e.name) + 0.2 * rng.standard_normal(e.shape)).astype(dtype) for e in wanted}
+
+
+def to_params(model, wanted, tensors):
+    """Our parameters as a tree of host arrays."""
+    flat = {path: np.zeros(parameter.shape, np.float32) for path, parameter in parameters(model).items()}
+    for entry in wanted:
+        for part, values in entry.to_ours(tensors[entry.name]):
+            flat[part.path][... if part.slot is None else part.slot] = values
+    tree = {}
+    for path, values in flat.items():
+        *above, last = path.split("/")
+        holder = tree
+        for key in above:
+            holder = holder.setdefault(key, {})
+        holder[last] = values
+    return tree, flat
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_go_over_and_back(name):
+    family, model = read(name)
+    wanted = entries(family, model)
+    tensors = random_tensors(wanted)
+    _, flat = to_params(model, wanted, tensors)
+    assert sum(x.size for x in tensors.values()) == sum(np.count_nonzero(x) for x in flat.values())
+    for entry in wanted:
+        ours = [flat[part.path] if part.slot is None else flat[part.path][part.slot] for part in entry.parts]
+        back = entry.to_theirs(ours)
+        assert (back.shape, back.tobytes()) == (entry.shape, tensors[entry.name].tobytes()), entry.name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_configs_go_over_and_back(name):
+    family, model = read(name)
+    back = family.write_config(model)
+    assert {key: back[key] for key in CASES[name]} == CASES[name]
+    assert family.read_config(json.loads(json.dumps(back))) == model.model_copy(
+        update={"num_kv_heads": model.kv_heads, "head_dim": family.read_config(back).head_dim}
+    )
+    assert family_for(model, [family.model_type]) == (family, back)
+    family_for(model)[0].write_config(model)
+
+
+def test_a_model_of_no_family():
+    model = ModelConfig(vocab_size=9, num_layers=1, d_model=8, d_ff=8, num_heads=2, norm="layer")
+    with pytest.raises(FamilyError, match=r"no family.*llama has no model with norm='layer'.*phi3 has no"):
+        family_for(model)
+    with pytest.raises(FamilyError, match="'lama' is not a family .* llama is the nearest"):
+        family_of({"model_type": "lama"})
+    for tree in ({}, {"model_type": ["llama"]}):
+        with pytest.raises(FamilyError, match="is not a family that maxlm knows; those are llama, mistral"):
+            family_of(tree)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"hidden_size": None}, "hidden_size: Input should be a valid integer"),
+        ({"hidden_size": -3}, "hidden_size: .*greater"),
+        ({"num_key_value_heads": 4}, "num_heads=6 is not a multiple"),
+        ({"hidden_act": "swoosh"}, "hidden_act='swoosh' is not one of 'silu'"),
+        ({"attention_bias": "yes"}, "attention_bias='yes'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "type 'yarn' is not one that maxlm has"),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, "type 'linear'"),
+        ({"rope_scaling": {**SCALED}}, "has no original_max_position_embeddings"),
+        ({"rope_scaling": 3}, "rope_scaling=3 is to be an object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not False"),
+    ],
+)
+def test_configs_that_are_refused(changed, says):
+    tree = {**CASES["llama"], **changed}
+    with pytest.raises(FamilyError, match=says):
+        family_of(tree).read_config(tree)
+    with pytest.raises(FamilyError, match="vocab_size is missing"):
+        FAMILIES["llama"].read_config({"model_type": "llama"})
+
+
+def test_every_tensor_is_accounted_for():
+    wanted = entries(*read("llama"))
+    shapes = {entry.name: entry.shape for entry in wanted}
+    check_tensors(wanted, shapes, "here")
+    name = "model.layers.3.mlp.up_proj.weight"
+    with pytest.raises(FamilyError, match=rf"here has no tensor {name}"):
+        check_tensors(wanted, {k: v for k, v in shapes.items() if k != name}, "here")
+    with pytest.raises(FamilyError, match=rf"tensor {name} is \[24, 28\], and config.json makes it \[28, 24\]"):
+        check_tensors(wanted, {**shapes, name: (24, 28)}, "here")
+    with pytest.raises(FamilyError, match=r"'model\.layers\.4\.x' that has no place"):
+        check_tensors(wanted, {**shapes, "model.layers.4.x": (1,)}, "here")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    import torch
+    import transformers
+
+    family, model = read(name)
+    tensors = random_tensors(entries(family, model))
+    model = model.model_copy(update={"dtype": "float32"})
+    common = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**family.write_config(model), **common}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, attn_implementation="eager", use_cache=False)
+    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if model.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    peer.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=True)
+
+    train = {"seq_len": 32, "batch_size": 8}
+    run = small_config(model=model.model_dump(), train=train)
+    program = program_on(run)
+    params, _ = to_params(model, entries(family, model), tensors)
+    batch = one_document(run)
+    want = peer(input_ids=torch.tensor(batch["tokens"][0], dtype=torch.long)).logits.detach().numpy()
+    got = our_logits(program, params, batch)[..., : model.vocab_size]
+    assert want.std() > 0.1
+    assert np.abs(got - want).max() <= 2e-5
+
+
+def test_a_stack_is_in_the_order_of_the_layers():
+    wanted = entries(*read("llama"))
+    slots = [part.slot for entry in wanted for part in entry.parts if part.path == "layers/0/attention/q"]
+    assert slots == [0, 1, 2, 3]
