@@ -26,6 +26,7 @@ EPILOG = """examples:
   maxlm report runs/a runs/b                              compare two runs
   maxlm supervise -- train configs/1b.yaml                start again after crashes and hangs
   maxlm checkpoint verify runs/a                          are its checkpoints what was saved
+  maxlm convert from-hf Llama-3.1-8B models/llama         a Hugging Face folder to a checkpoint; to-hf goes back
 """
 
 
@@ -108,10 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
     from maxlm import checkpoint_cli, supervise
+    from maxlm.convert import cli as convert_cli
     from maxlm.data import cli as data_cli
 
     data_cli.add_parser(commands)
     checkpoint_cli.add_parser(commands)
+    convert_cli.add_parser(commands)
     supervise.add_parser(commands)
     return parser
 

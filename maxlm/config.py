@@ -199,6 +199,11 @@ class TrainConfig(Section):
         None,
         description="Start a new run from another run's checkpoint: RUN or RUN@STEP (to branch a cooldown, say).",
     )
+    init_from: Place | None = Field(
+        None,
+        description="Begin a new run with the parameters of another run, or of what maxlm convert made: RUN or "
+        "RUN@STEP. The optimizer and the step begin anew.",
+    )
     allow_changed: tuple[str, ...] = Field(
         (),
         description="Fields that may differ from what this run was so far, such as [data.stores, train.seed]: a resume "
@@ -236,6 +241,8 @@ class TrainConfig(Section):
                 f"batch_size={self.batch_size} is not divisible by grad_accum={self.grad_accum}; "
                 f"use grad_accum={divisor_at_most(self.batch_size, self.grad_accum)}"
             )
+        if self.start_from and self.init_from:
+            raise ValueError("start_from and init_from are both set; a run has one beginning")
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(f"profile_steps={list(self.profile_steps)} ends before it starts")
         return self

@@ -54,3 +54,39 @@ def _fingerprint(x: jax.Array) -> jax.Array:
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim, out_sharding=sharding) * stride
     mixed = mix_bits(words ^ mix_bits(place))
     return jnp.stack([jnp.sum(h, dtype=jnp.uint32) for h in (mixed, mix_bits(mixed + np.uint32(GOLDEN)))])
+
+
+class Running:
+    """The fingerprint of an array on a host that is seen in parts, in any order."""
+
+    def __init__(self) -> None:
+        self._words = np.zeros(2, np.uint32)
+
+    def add(self, part: np.ndarray, start: int) -> None:
+        """Adds consecutive elements.
+
+        Args:
+            part: of a type of 8 to 32 bits.
+            start: elements of the array that stand before it.
+        """
+        words = np.ascontiguousarray(part).reshape(-1).view(f"u{part.dtype.itemsize}")
+        for at in range(0, words.size, PART):
+            piece = words[at : at + PART]
+            first = np.uint32((start + at) * GOLDEN % 2**32)
+            self._words += np.asarray(_part(piece, first))
+
+    def text(self) -> str:
+        """What fingerprints gives of the whole array."""
+        return "{:08x}{:08x}".format(*map(int, self._words))
+
+
+PART = 1 << 22
+"""Elements that Running looks at together."""
+
+
+@jax.jit
+def _part(words: jax.Array, first: jax.Array) -> jax.Array:
+    """uint32 [2] of consecutive elements [N]; first: the multiple of GOLDEN of the place of the first one."""
+    place = jnp.uint32(1) + first + jax.lax.iota(jnp.uint32, len(words)) * np.uint32(GOLDEN)
+    mixed = mix_bits(words.astype(jnp.uint32) ^ mix_bits(place))
+    return jnp.stack([jnp.sum(h, dtype=jnp.uint32) for h in (mixed, mix_bits(mixed + np.uint32(GOLDEN)))])

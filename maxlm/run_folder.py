@@ -42,7 +42,9 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         config: the run.
         data: identity of its data (loader.identity).
     """
-    train = {k: getattr(config.train, k) for k in ("seed", "batch_size", "seq_len", "z_loss", "start_from")}
+    train = {
+        k: getattr(config.train, k) for k in ("seed", "batch_size", "seq_len", "z_loss", "start_from", "init_from")
+    }
     return {
         "model": config.model.model_dump(mode="json"),
         "data": data,

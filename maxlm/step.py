@@ -119,6 +119,11 @@ class Program:
         return jax.jit(self._init, out_shardings=self.state_shardings, compiler_options=options)
 
     @cached_property
+    def begin(self) -> Callable[[Any], State]:
+        """Parameters -> the state before the first step, all else as init makes it; they are donated."""
+        return jax.jit(self._begin, donate_argnums=0, out_shardings=self.state_shardings)
+
+    @cached_property
     def step(self) -> Any:
         """(state, batch) -> (state, metrics); the state is donated."""
         scalar = NamedSharding(self.mesh, PartitionSpec())
@@ -162,7 +167,9 @@ class Program:
         return self.passes.next_logits(params, rows, at)
 
     def _init(self, key: jax.Array) -> State:
-        params = nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model, self.stack_shape))[1])
+        return self._begin(nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model, self.stack_shape))[1]))
+
+    def _begin(self, params: Any) -> State:
         opt = self.optimizer.init(self._for_update(params))
         state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
         if self.config.optim.ema is not None:

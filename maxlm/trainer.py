@@ -6,7 +6,7 @@ config -> mesh -> data -> run folder -> step and state -> loop -> evaluation, sa
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from maxlm.data.cli import show_progress
 from maxlm.data.loader import Loader
 from maxlm.data.loader import identity as data_identity
 from maxlm.feed import DataSource, Feed, HostBatch, StepFunction
+from maxlm.init_from import read_parameters
 from maxlm.loop import Callback, Loop
 from maxlm.loss import TokenLoss
 from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
@@ -104,7 +105,7 @@ def train(
         # ---- step and state
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, mesh, token_loss)
-        state, first = _first_state(program, checkpoints, before)
+        state, first = _first_state(program, checkpoints, before, folder.tell)
         folder.write_config(config, wanted)
 
         # ---- loop
@@ -160,8 +161,10 @@ def _open_data(config: Config, function: Callable[[int], HostBatch] | None) -> t
     return Loader(config.data, config.train, config.model.vocab_size), data_identity(config.data)
 
 
-def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, Any]) -> tuple[State, int]:
-    """The run's newest checkpoint, else another run's (train.start_from), else a new state."""
+def _first_state(
+    program: Program, checkpoints: Checkpoints, before: dict[str, Any], tell: Callable[[str], None]
+) -> tuple[State, int]:
+    """The run's newest checkpoint, else another run's (train.start_from, init_from), else a new state."""
     train = program.config.train
     if found := checkpoints.restore_newest(program.state_shapes, program.stack):
         return program.complete(found[0]), found[1]
@@ -170,21 +173,29 @@ def _first_state(program: Program, checkpoints: Checkpoints, before: dict[str, A
             f"this run has been saved in {before['checkpoint']}, but no checkpoint in {checkpoints.path} is complete. "
             "Move that folder away to begin anew; maxlm checkpoint ls RUN lists what is wrong with each"
         )
+    if train.init_from is not None:
+        with _other(program, "init_from", train.init_from) as (other, step, _):
+            return program.begin(read_parameters(other, step, program, tell)), 0
     if train.start_from is None:
         return program.init(jax.random.key(train.seed)), 0
-    path, at, text = train.start_from.rpartition("@")
+    with _other(program, "start_from", train.start_from) as (other, step, is_given):
+        if step >= train.num_steps:
+            raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
+        found = None if is_given else other.restore_newest(program.state_shapes, program.stack)
+        state, step = found or (other.restore(step, program.state_shapes, program.stack), step)
+        return program.complete(state), step
+
+
+@contextlib.contextmanager
+def _other(program: Program, field: str, place: str) -> Iterator[tuple[Checkpoints, int, bool]]:
+    """The checkpoints of another run, RUN or RUN@STEP: the step, and whether it is given."""
+    path, at, text = place.rpartition("@")
     if not at or not text.isdecimal() or len(text) > 18:
-        path, text = train.start_from, ""
+        path, text = place, ""
     if not storage.exists(storage.join(path, "checkpoints")):
-        raise ConfigError(f"train.start_from={train.start_from}: {path} is not a run folder with checkpoints")
+        raise ConfigError(f"train.{field}={place}: {path} is not a run folder with checkpoints")
     with contextlib.closing(Checkpoints(path, program.config.checkpoint, read_only=True)) as other:
         step = int(text) if text else other.latest()
         if step is None or step not in other.steps():
-            raise ConfigError(
-                f"train.start_from={train.start_from}: {path} has the steps {other.steps()}; write RUN or RUN@STEP"
-            )
-        if step >= train.num_steps:
-            raise ConfigError(f"train.start_from={train.start_from} is at step {step}: set train.steps above it")
-        found = None if text else other.restore_newest(program.state_shapes, program.stack)
-        state, step = found or (other.restore(step, program.state_shapes, program.stack), step)
-        return program.complete(state), step
+            raise ConfigError(f"train.{field}={place}: {path} has the steps {other.steps()}; write RUN or RUN@STEP")
+        yield other, step, bool(text)

@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "model": {"config", "sharding"},
     "data": {"config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
-    "convert": {"config", "config_model", "leaves", "mesh", "model"},
+    "convert": {
+        *("checkpoint", "config", "config_model", "fingerprint", "leaves", "manifest", "mesh", "model", "progress"),
+        *("storage", "units"),
+    },
 }
 # Parts that only these may import.
 MAY_BE_IMPORTED_BY = {

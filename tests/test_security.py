@@ -130,7 +130,8 @@ URLS = [
     f"gs://{SECRET}@bucket/data",
     f"https://account.blob.core.windows.net/c/b?sv=2022&sig={SECRET}",
 ]
-FIELDS = ["run.root", "data.stores.0.path", "data.stores.0.tokenizer", "train.start_from", "train.compilation_cache"]
+FIELDS = ["run.root", "data.stores.0.path", "data.stores.0.tokenizer", "train.start_from", "train.init_from"]
+FIELDS += ["train.compilation_cache"]
 
 
 @pytest.mark.parametrize("url", URLS)

@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import maxlm
 from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import CheckpointConfig
+from maxlm.convert.convert import from_hf, to_hf
 from maxlm.data.build import build_store
 from maxlm.mesh import make_mesh
 from maxlm.metrics import read_metrics
@@ -229,6 +230,28 @@ def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
     assert rows(branch, "learning_rate")[6] < rows(base, "learning_rate")[6]
     with pytest.raises(maxlm.ConfigError, match=r"steps \[2, 4, 6\]"):
         maxlm.train(config(tmp_path, store, run={"name": "x"}, train={"start_from": f"{tmp_path}/r@3"}))
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_parameters_of_another_or_of_a_converted_model(tmp_path, store):
+    model, plain = {"vocab_multiple": 128}, {"mesh": {"data": 4, "tensor": 1}}
+    base = config(tmp_path, store, model=model)
+    maxlm.train(base)
+    to_hf(f"{tmp_path}/r", f"{tmp_path}/hf")
+    from_hf(f"{tmp_path}/hf", f"{tmp_path}/m")
+    begun = []
+    for name, place in [("a", f"{tmp_path}/r@6"), ("b", f"{tmp_path}/m")]:
+        run = config(tmp_path, store, model=model, run={"name": name}, train={"init_from": place, "steps": 2}, **plain)
+        assert maxlm.train(run).step == 2
+        begun.append(rows(run))
+    assert begun[0] == begun[1], "the same parameters, a new optimizer"
+    assert begun[0][1] < rows(base)[1] - 0.1, "not from scratch"
+    other = config(tmp_path, store, model={"d_ff": 32}, run={"name": "c"}, train={"init_from": f"{tmp_path}/m"})
+    with pytest.raises(CheckpointError, match="do not fit this run: params/embed is "):
+        maxlm.train(other)
+    turned = {**model, "rope_theta": 500.0}
+    maxlm.train(config(tmp_path, store, model=turned, run={"name": "d"}, train={"init_from": f"{tmp_path}/m"}))
+    assert "of a model with rope_theta=10000.0" in (tmp_path / "d" / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

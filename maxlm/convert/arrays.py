@@ -1,0 +1,207 @@
+"""The parameters in a checkpoint, written and read one layer's share at a time.
+
+What is written is a folder that Orbax reads: a zarr array for each parameter, uncompressed, a file for each layer or
+less, and maxlm's manifest, written last. What is read may also be what Orbax wrote, on any mesh.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from maxlm import manifest
+from maxlm.fingerprint import Running
+from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, Manifest
+
+PREFIX = "params/"
+CHUNK_BYTES = 64 << 20
+CACHE_BYTES = 512 << 20
+DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
+"""Types that parameters may have, and what zarr calls them."""
+Shape = tuple[int, ...]
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The numpy type of a name in DTYPES."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+class ArrayWriter:
+    """Writes a checkpoint of step 0 that holds parameters and nothing else."""
+
+    def __init__(self, folder: str, arrays: Mapping[str, tuple[np.dtype, Shape, int]]):
+        """Makes the folder.
+
+        Args:
+            folder: of the step; is not there yet.
+            arrays: dtype, shape, and number of leading dims that are layers, by path of the parameter.
+        """
+        self._folder, self._arrays = folder, dict(arrays)
+        self._chunks = {path: _chunks(*spec) for path, spec in arrays.items()}
+        self._left = {path: set(np.ndindex(spec[1][: spec[2]])) for path, spec in arrays.items()}
+        self._prints = {path: Running() for path in arrays}
+        os.makedirs(folder)
+        for path, (dtype, shape, _) in arrays.items():
+            os.mkdir(self._file(path))
+            about = {"zarr_format": 2, "shape": shape, "chunks": self._chunks[path], "dtype": DTYPES[dtype.name]}
+            about |= {"compressor": None, "fill_value": None, "filters": None, "order": "C", "dimension_separator": "."}
+            _write(self._file(path, ".zarray"), json.dumps(about).encode())
+
+    def write(self, path: str, slot: Shape, values: np.ndarray) -> None:
+        """Writes a parameter, or the share of the layer at `slot`."""
+        dtype, shape, num_layer_dims = self._arrays[path]
+        own = shape[num_layer_dims:]
+        assert (values.dtype, values.shape) == (dtype, own), (path, values.dtype, values.shape)
+        values = np.ascontiguousarray(values)
+        at = int(np.ravel_multi_index(slot, shape[:num_layer_dims])) if slot else 0
+        self._prints[path].add(values, at * math.prod(own))
+        rows = self._chunks[path][num_layer_dims] if own else 1
+        for i in range(0, own[0] if own else 1, rows):
+            name = [*slot, *([i // rows, *[0] * (len(own) - 1)] if own else [])]
+            data = values[i : i + rows] if own else values
+            _write(self._file(path, ".".join(map(str, name))), data.reshape(-1).view(np.uint8).data)
+        self._left[path].discard(slot)
+
+    def finish(self, run: Mapping[str, Any]) -> None:
+        """Writes what Orbax wants to know, and the manifest.
+
+        Args:
+            run: identity of the run, for the manifest.
+        """
+        assert not any(self._left.values())
+        trees = {str(tuple(f"{PREFIX}{path}".split("/"))): _about(path, a[1]) for path, a in self._arrays.items()}
+        tree = {"tree_metadata": trees, "use_ocdbt": False, "use_zarr3": False, "custom_metadata": None}
+        tree["store_array_data_equal_to_fill_value"] = True
+        now = time.time_ns()
+        handler = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+        about = {"item_handlers": handler, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+        about |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
+        _write(os.path.join(self._folder, "_METADATA"), json.dumps(tree).encode())
+        _write(os.path.join(self._folder, "_CHECKPOINT_METADATA"), json.dumps(about).encode())
+        # as read back, like those of other saves; .zarray says what the others are, and is not among saved_files
+        names = [*manifest.saved_files(self._folder), *(f"params.{p.replace('/', '.')}/.zarray" for p in self._arrays)]
+        arrays = {
+            f"{PREFIX}{path}": ArrayRecord(dtype.name, tuple(shape), self._prints[path].text())
+            for path, (dtype, shape, _) in self._arrays.items()
+        }
+        versions = {"maxlm": importlib.metadata.version("maxlm")}
+        files = manifest.hash_files(self._folder, sorted(names))
+        Manifest(step=0, files=files, arrays=arrays, run=dict(run), versions=versions).write(self._folder)
+
+    def _file(self, path: str, *names: str) -> str:
+        return os.path.join(self._folder, f"{PREFIX}{path}".replace("/", "."), *names)
+
+
+class ArrayReader:
+    """Reads the parameters of a checkpoint; each is compared with its fingerprint in the manifest by `check`.
+
+    Attributes:
+        manifest: of the checkpoint.
+        shapes: of the parameters, stacked layers included, by path.
+        dtypes: likewise.
+    """
+
+    def __init__(self, folder: str):
+        """Reads the manifest.
+
+        Args:
+            folder: of a step, local.
+
+        Raises:
+            CheckpointError: the manifest cannot be read.
+        """
+        self._folder, self.manifest = folder, Manifest.read(folder)
+        records = {p.removeprefix(PREFIX): a for p, a in self.manifest.arrays.items() if p.startswith(PREFIX)}
+        self.shapes = {path: tuple(record.shape) for path, record in records.items()}
+        self.dtypes = {path: record.dtype for path, record in records.items()}
+        self._wanted = {path: record.fingerprint for path, record in records.items()}
+        self._prints = {path: Running() for path in records}
+        self._seen = {path: set[Shape]() for path in records}
+        self._stores = dict[str, Any]()
+        pool = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}  # layers of one chunk are asked for one by one
+        self._context = ts.Context(pool)
+
+    def read(self, path: str, slot: Shape) -> np.ndarray:
+        """A parameter, or the share of the layer at `slot` of its leading dims.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        shape = self.shapes[path]
+        try:
+            if path not in self._stores:
+                self._stores[path] = self._opened(path)
+            values = np.asarray(self._stores[path][slot].read().result())
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"cannot read {path} of {self._folder}: {_brief(error)}") from None
+        if slot not in self._seen[path]:
+            self._seen[path].add(slot)
+            at = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0
+            self._prints[path].add(values, at * values.size)
+        return values
+
+    def check(self, num_layer_dims: Mapping[str, int]) -> None:
+        """Compares fingerprints, after reading what has not been read (the end of a pipeline's stack).
+
+        Args:
+            num_layer_dims: leading dims that are layers, by path.
+
+        Raises:
+            DamagedError: names the first parameter that is not what was saved.
+        """
+        for path, lead in num_layer_dims.items():
+            for slot in itertools.product(*map(range, self.shapes[path][:lead])):
+                if slot not in self._seen[path]:
+                    self.read(path, slot)
+            if self._prints[path].text() != self._wanted[path]:
+                raise DamagedError(f"{self._folder} is damaged: array {PREFIX}{path} is not the one that was saved")
+
+    def _opened(self, path: str) -> Any:
+        name, folder = f"{PREFIX}{path}".replace("/", "."), os.path.abspath(self._folder)
+        if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
+            place: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        else:
+            place = {"driver": "file", "path": f"{folder}/{name}/"}
+        store = ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=self._context).result()
+        if tuple(store.shape) != self.shapes[path] or store.dtype.numpy_dtype.name != self.dtypes[path]:
+            raise ValueError(f"it is {store.dtype.name}{list(store.shape)}, and the manifest says otherwise")
+        return store
+
+
+def _chunks(dtype: np.dtype, shape: Shape, num_layer_dims: int) -> list[int]:
+    """A layer's share in equal parts of at most CHUNK_BYTES, if its first dim has such a divisor."""
+    own = list(shape[num_layer_dims:])
+    size = math.prod(own) * dtype.itemsize
+    if own and size > CHUNK_BYTES:
+        parts = next((n for n in range(2, min(own[0], 4096) + 1) if own[0] % n == 0 and size / n <= CHUNK_BYTES), 1)
+        own[0] //= parts
+    return [1] * num_layer_dims + own
+
+
+def _about(path: str, shape: Shape) -> dict[str, Any]:
+    keys = f"{PREFIX}{path}".split("/")
+    value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(shape)}
+    return {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
+
+
+def _write(path: str, data: Any) -> None:
+    try:
+        with open(path, "wb", buffering=0) as file:
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,135 @@
+"""What lies beside the tensors of a model: its config, tokenizer and templates; and folders that appear when whole."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from maxlm.convert.families import FamilyError
+from maxlm.convert.safetensors import SafetensorsError, read_json
+
+CONFIG = "config.json"
+HF = "hf"
+"""Folder, in what from-hf writes, of the files that came along."""
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that travel with a model as they are."""
+MAX_CONFIG = 1 << 20
+"""Bytes of a config.json."""
+
+
+class ConvertError(ValueError):
+    """A conversion that was asked for wrongly; one sentence that says what would be right."""
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FamilyError: it is no JSON object.
+    """
+    path = os.path.join(folder, CONFIG)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; it says what model the tensors are") from None
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > MAX_CONFIG:
+        raise FamilyError(f"{path} has more than {MAX_CONFIG:,} bytes: is it another file?")
+    try:
+        return read_json(data, path)
+    except SafetensorsError as error:
+        raise FamilyError(str(error)) from None
+
+
+def check_tokenizer(folder: str, vocab_size: int) -> None:
+    """Refuses a tokenizer that makes ids for which the model has no embedding.
+
+    Raises:
+        FamilyError: it does, or is no tokenizer.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        return
+    import tokenizers
+
+    try:
+        ids = tokenizers.Tokenizer.from_file(path).get_vocab(with_added_tokens=True).values()
+    except Exception as error:  # The library raises bare Exception.
+        raise FamilyError(f"{path} is no tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if ids and max(ids) >= vocab_size:
+        raise FamilyError(
+            f"{path} makes ids up to {max(ids)}, and the model has embeddings for vocab_size={vocab_size}"
+        )
+
+
+def copy_companions(source: str, target: str) -> list[str]:
+    """Copies the files that travel along, and returns their names."""
+    names = [name for name in COMPANIONS if os.path.isfile(os.path.join(source, name))]
+    for name in names:
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    return names
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file and flushes it to the disk."""
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_json(tree: dict[str, Any]) -> str:
+    """As transformers writes it."""
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """Yields a hidden folder beside `path` that gets this name when all has gone well, and else is removed.
+
+    Raises:
+        ConvertError: there is something at `path`.
+        OSError: the place takes nothing.
+    """
+    path = os.path.abspath(path)
+    above, name = os.path.split(path)
+    partial = os.path.join(above, f".{name}.{os.getpid()}.partial")
+    try:
+        if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+            raise ConvertError(f"{path} is there already; give another name, or remove it")
+        os.makedirs(above, exist_ok=True)
+        os.mkdir(partial)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield partial
+        _sync(partial)
+        os.rename(partial, path)
+        _sync(above)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

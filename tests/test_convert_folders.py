@@ -1,0 +1,243 @@
+"""Folders go from Hugging Face to a checkpoint and back, bit for bit; nothing half-written looks whole."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from helpers import program_on, small_config
+from test_convert import CASES, SCALED, SIZES, random_tensors, read
+
+import maxlm.convert.convert as convert_module
+from maxlm.checkpoint import Checkpoints
+from maxlm.cli import main
+from maxlm.config import CheckpointConfig
+from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.families import FamilyError
+from maxlm.convert.folders import ConvertError
+from maxlm.convert.mapping import entries
+from maxlm.convert.safetensors import INDEX, SINGLE, Folder, SafetensorsError
+from maxlm.convert.safetensors_writer import Writer
+from maxlm.data.tokenizer import train_bpe
+from maxlm.init_from import read_parameters
+from maxlm.leaves import named_leaves
+from maxlm.manifest import CheckpointError, DamagedError
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SHARED = {"max_position_embeddings": 64, "torch_dtype": "bfloat16", "eos_token_id": 7}
+
+
+def write_model(folder, name="llama", dtype=BF16, shard_bytes=10**9, **changed):
+    """A folder as transformers writes it, made with numpy alone."""
+    tensors = {**random_tensors(entries(*read(name)), dtype), **changed}
+    tensors = {k: v for k, v in tensors.items() if v is not None}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**CASES[name], **SHARED}))
+    with Writer(str(folder), {k: (v.dtype, v.shape) for k, v in tensors.items()}, shard_bytes) as writer:
+        for key, values in tensors.items():
+            writer.write(key, values)
+    return tensors
+
+
+def hashes(folder):
+    """Type, shape and hash of the bytes of every tensor."""
+    with contextlib.closing(Folder(str(folder))) as model:
+        return {n: (t.dtype, t.shape, hashlib.sha256(model.read(n)).hexdigest()) for n, t in model.tensors.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_trip_gives_the_same_bits(name, tmp_path):
+    dtype = np.dtype(np.float32) if "qwen" in name else BF16
+    write_model(tmp_path / "hf", name, dtype, 3_000)
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "hf" / "generation_config.json")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    done = from_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), verify=True)
+    assert done.companions == ["generation_config.json", "chat_template.jinja"]
+    to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), verify=True, shard_bytes=5_000)
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")
+    assert (tmp_path / "back" / INDEX).exists()
+    for file in done.companions:
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
+    assert before.items() <= {**after, "torch_dtype": "bfloat16"}.items()
+    assert (after["torch_dtype"], after["architectures"]) == (dtype.name, [f"{done.family.capitalize()}ForCausalLM"])
+    assert sorted(os.listdir(tmp_path)) == ["back", "hf", "ours"]
+
+
+def test_checkpoints_are_whole_to_those_who_read_them(tmp_path, capsys):
+    write_model(tmp_path / "hf")
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "m"), "--verify", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["family"], shown["tensors"], shown["verified"]) == ("llama", 39, True)
+    assert main(["checkpoint", "verify", str(tmp_path / "m")]) == 0
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "m")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def init_program(folder, **mesh):
+    model = yaml.safe_load((folder / "model.yaml").read_text())["model"]
+    config = small_config(model={"num_kv_heads": None, "head_dim": None, **model, "vocab_multiple": 128})
+    return program_on(config, **mesh)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}, {"stage": 3}], ids=str)
+def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path):
+    tensors = write_model(tmp_path / "hf")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    program = init_program(tmp_path / "m", **mesh)
+    with contextlib.closing(Checkpoints(str(tmp_path / "m"), CheckpointConfig(), read_only=True)) as other:
+        params = read_parameters(other, 0, program)
+    with jax.set_mesh(program.mesh):
+        state = program.begin(params)
+    assert {str(x.dtype) for x in named_leaves(state["params"]).values()} == {"float32"}
+    run = {"model": program.config.model.model_dump(mode="json"), "train": {"seq_len": 12}}
+    mine = Checkpoints(str(tmp_path / "run"), CheckpointConfig(), run=run)
+    mine.save(3, state)
+    mine.wait()
+    mine.close()
+    to_hf(str(tmp_path / "run"), str(tmp_path / "back"), dtype="bfloat16", verify=True)
+    with contextlib.closing(Folder(str(tmp_path / "back"))) as back:
+        assert {n: back.read(n).tobytes() for n in back.tensors} == {n: x.tobytes() for n, x in tensors.items()}
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["model_type"], config["max_position_embeddings"], config["vocab_size"]) == ("llama", 12, 250)
+    with pytest.raises(ConvertError, match=r"no checkpoint of step 4; it has \[3\]"):
+        to_hf(str(tmp_path / "run"), str(tmp_path / "x"), step=4)
+
+
+def test_types_on_request(tmp_path):
+    tensors = write_model(tmp_path / "hf", dtype=np.dtype(np.float32))
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"), dtype="bfloat16", verify=True)
+    to_hf(str(tmp_path / "m"), str(tmp_path / "back"), dtype="float16", verify=True)
+    with contextlib.closing(Folder(str(tmp_path / "back"))) as back:
+        for name, values in tensors.items():
+            assert back.read(name).tobytes() == values.astype(BF16).astype(np.float16).tobytes()
+
+
+NAME = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({NAME: None}, f"no tensor {NAME}"),
+        ({NAME: np.zeros((24, 28), BF16)}, f"{NAME} is \\[24, 28\\]"),
+        ({"model.layers.9.more": np.zeros(3, BF16)}, "'model.layers.9.more' that has no place"),
+        ({NAME: np.zeros((28, 24), np.float32)}, f"{NAME} .*is float32.*--dtype"),
+        ({NAME: np.zeros((28, 24), np.int8)}, f"{NAME} .*is int8; maxlm converts float32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(changed, says, tmp_path):
+    write_model(tmp_path / "hf", **changed)
+    with pytest.raises((FamilyError, ConvertError), match=says):
+        from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model_type": "gpt5"}, "config.json: model_type='gpt5' is not a family"),
+        ({"num_hidden_layers": 2**60}, "num_hidden_layers=.*more than"),
+        ({"intermediate_size": 2**60}, "intermediate_size=.*more than"),
+        ({"num_hidden_layers": 5}, "no tensor model.layers.4"),
+        ({"num_hidden_layers": 3}, "'model.layers.3.input_layernorm.weight' that has no place"),
+        ({"vocab_size": 251}, r"embed_tokens.weight is \[250, 24\], and config.json makes it \[251, 24\]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+        ({"rope_scaling": {**SCALED}}, "original_max_position_embeddings"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(changed, says, tmp_path, capsys):
+    write_model(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**CASES["llama"], **changed}))
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "m")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(says, error), error
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_other_files_that_are_refused(tmp_path):
+    write_model(tmp_path / "hf")
+    hf, out = tmp_path / "hf", str(tmp_path / "m")
+    (hf / "tokenizer.json").write_bytes(train_bpe([f"some text {i * i}" for i in range(200)], 300))
+    with pytest.raises(FamilyError, match="makes ids up to .*vocab_size=250"):
+        from_hf(str(hf), out)
+    (hf / "tokenizer.json").write_text("{}")
+    with pytest.raises(FamilyError, match="is no tokenizer"):
+        from_hf(str(hf), out)
+    (hf / "tokenizer.json").unlink()
+    for text, says in [("[]", "list"), ('{"a": 1, "a": 1}', "twice"), ("{", "JSON"), (" " * (2 << 20), "another file")]:
+        (hf / "config.json").write_text(text)
+        with pytest.raises(FamilyError, match=rf"config\.json.*{says}"):
+            from_hf(str(hf), out)
+    (hf / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        from_hf(str(hf), out)
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_damage_is_found(tmp_path):
+    write_model(tmp_path / "hf")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    chunk = tmp_path / "m" / "checkpoints" / "0" / "params.layers.0.mlp.up" / "2.0.0"
+    data = bytearray(chunk.read_bytes())
+    data[7] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(DamagedError, match="array params/layers/0/mlp/up is not the one"):
+        to_hf(str(tmp_path / "m"), str(tmp_path / "back"))
+    chunk.write_bytes(data[:9])
+    with pytest.raises(CheckpointError, match="cannot read layers/0/mlp/up"):
+        to_hf(str(tmp_path / "m"), str(tmp_path / "back"))
+    weights = tmp_path / "hf" / SINGLE
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(SafetensorsError, match="cut off"):
+        from_hf(str(tmp_path / "hf"), str(tmp_path / "m2"))
+    assert sorted(os.listdir(tmp_path)) == ["hf", "m"]
+
+
+@pytest.mark.parametrize("way", ["from", "to"])
+def test_what_is_interrupted_leaves_no_folder(way, tmp_path, monkeypatch):
+    write_model(tmp_path / "hf")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    kind, method = (convert_module.ArrayWriter, "write") if way == "from" else (convert_module.Writer, "write")
+    before, calls = getattr(kind, method), []
+
+    def write(self, *args):
+        calls.append(sorted(os.listdir(tmp_path)))
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return before(self, *args)
+
+    monkeypatch.setattr(kind, method, write)
+    convert, source = (from_hf, "hf") if way == "from" else (to_hf, "m")
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(tmp_path / source), str(tmp_path / "out"))
+    assert calls[-1] == [f".out.{os.getpid()}.partial", "hf", "m"]  # what a kill would leave
+    assert sorted(os.listdir(tmp_path)) == ["hf", "m"]
+
+
+@pytest.mark.oracle
+def test_transformers_loads_what_a_run_gives(tmp_path):
+    import torch
+    import transformers
+
+    tensors = write_model(tmp_path / "hf", "llama, scaled", np.dtype(np.float32))
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    to_hf(str(tmp_path / "m"), str(tmp_path / "back"), shard_bytes=4_000)
+    ids = torch.arange(48)[None]
+    logits = []
+    for folder in ("hf", "back"):
+        model, about = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(about.values()), about
+        assert model.dtype == torch.float32 or folder == "hf"
+        logits.append(model.float()(input_ids=ids).logits)
+    assert SIZES["vocab_size"] == logits[1].shape[-1] and len(tensors) == 39
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert torch.equal(peer(input_ids=ids).logits, logits[1])
