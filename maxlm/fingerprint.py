@@ -75,6 +75,10 @@ class Running:
             first = np.uint32((start + at) * GOLDEN % 2**32)
             self._words += np.asarray(_part(piece, first))
 
+    def join(self, other: "Running") -> None:
+        """Adds what another has seen of the same array."""
+        self._words += other._words
+
     def text(self) -> str:
         """What fingerprints gives of the whole array."""
         return "{:08x}{:08x}".format(*map(int, self._words))

@@ -16,6 +16,7 @@ from helpers import program_on, small_config
 from test_convert import CASES, SCALED, SIZES, random_tensors, read
 
 import maxlm.convert.convert as convert_module
+from maxlm import fingerprint
 from maxlm.checkpoint import Checkpoints
 from maxlm.cli import main
 from maxlm.config import CheckpointConfig
@@ -23,6 +24,7 @@ from maxlm.convert.convert import from_hf, to_hf
 from maxlm.convert.families import FamilyError
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import entries
+from maxlm.convert.parallel import run_all, transposed
 from maxlm.convert.safetensors import INDEX, SINGLE, Folder, SafetensorsError
 from maxlm.convert.safetensors_writer import Writer
 from maxlm.data.tokenizer import train_bpe
@@ -241,3 +243,34 @@ def test_transformers_loads_what_a_run_gives(tmp_path):
     assert SIZES["vocab_size"] == logits[1].shape[-1] and len(tensors) == 39
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert torch.equal(peer(input_ids=ids).logits, logits[1])
+
+
+@pytest.mark.parametrize("shape", [(1000, 777), (2051, 513), (3, 5), (700_001, 1), (0, 4)])
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
+def test_transposes(shape, dtype):
+    x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    for given in (x, x[:, ::-1]):
+        assert transposed(given).tobytes() == np.ascontiguousarray(given.T).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32), np.dtype(np.int8)], ids=str)
+def test_a_fingerprint_taken_in_parts_is_that_of_the_whole(dtype, monkeypatch):
+    monkeypatch.setattr(fingerprint, "PART", 7)
+    x, running = np.random.default_rng(0).integers(0, 99, (5, 3, 4)).astype(dtype), fingerprint.Running()
+    for i in (3, 0, 4, 2, 1):
+        running.add(x[i], i * 12)
+    with jax.set_mesh(jax.make_mesh((1,), ("a",), (jax.sharding.AxisType.Explicit,))):
+        assert fingerprint.fingerprints({"x": jax.numpy.asarray(x)})() == {"x": running.text()}
+
+
+def test_a_job_that_fails_ends_those_that_have_not_begun():
+    done, begun = [], []
+
+    def job(i):
+        begun.append(i)
+        if i == 3:
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        run_all(((1 << 40, lambda i=i: job(i)) for i in range(9)), done.append)  # each alone: larger than the limit
+    assert (begun, len(done)) == ([0, 1, 2, 3], 4)

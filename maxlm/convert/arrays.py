@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +36,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 class ArrayWriter:
-    """Writes a checkpoint of step 0 that holds parameters and nothing else."""
+    """Writes a checkpoint of step 0 that holds parameters and nothing else; threads may write at the same time."""
 
     def __init__(self, folder: str, arrays: Mapping[str, tuple[np.dtype, Shape, int]]):
         """Makes the folder.
@@ -48,6 +49,7 @@ class ArrayWriter:
         self._chunks = {path: _chunks(*spec) for path, spec in arrays.items()}
         self._left = {path: set(np.ndindex(spec[1][: spec[2]])) for path, spec in arrays.items()}
         self._prints = {path: Running() for path in arrays}
+        self._lock = threading.Lock()
         os.makedirs(folder)
         for path, (dtype, shape, _) in arrays.items():
             os.mkdir(self._file(path))
@@ -62,13 +64,16 @@ class ArrayWriter:
         assert (values.dtype, values.shape) == (dtype, own), (path, values.dtype, values.shape)
         values = np.ascontiguousarray(values)
         at = int(np.ravel_multi_index(slot, shape[:num_layer_dims])) if slot else 0
-        self._prints[path].add(values, at * math.prod(own))
+        found = Running()
+        found.add(values, at * math.prod(own))
         rows = self._chunks[path][num_layer_dims] if own else 1
         for i in range(0, own[0] if own else 1, rows):
             name = [*slot, *([i // rows, *[0] * (len(own) - 1)] if own else [])]
             data = values[i : i + rows] if own else values
             _write(self._file(path, ".".join(map(str, name))), data.reshape(-1).view(np.uint8).data)
-        self._left[path].discard(slot)
+        with self._lock:
+            self._prints[path].join(found)
+            self._left[path].discard(slot)
 
     def finish(self, run: Mapping[str, Any]) -> None:
         """Writes what Orbax wants to know, and the manifest.
@@ -103,6 +108,8 @@ class ArrayWriter:
 class ArrayReader:
     """Reads the parameters of a checkpoint; each is compared with its fingerprint in the manifest by `check`.
 
+    Threads may read at the same time.
+
     Attributes:
         manifest: of the checkpoint.
         shapes: of the parameters, stacked layers included, by path.
@@ -125,7 +132,7 @@ class ArrayReader:
         self._wanted = {path: record.fingerprint for path, record in records.items()}
         self._prints = {path: Running() for path in records}
         self._seen = {path: set[Shape]() for path in records}
-        self._stores = dict[str, Any]()
+        self._stores, self._lock = dict[str, Any](), threading.Lock()
         pool = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}  # layers of one chunk are asked for one by one
         self._context = ts.Context(pool)
 
@@ -137,15 +144,18 @@ class ArrayReader:
         """
         shape = self.shapes[path]
         try:
-            if path not in self._stores:
-                self._stores[path] = self._opened(path)
+            with self._lock:
+                if path not in self._stores:
+                    self._stores[path] = self._opened(path)
             values = np.asarray(self._stores[path][slot].read().result())
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"cannot read {path} of {self._folder}: {_brief(error)}") from None
         if slot not in self._seen[path]:
-            self._seen[path].add(slot)
-            at = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0
-            self._prints[path].add(values, at * values.size)
+            at, found = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0, Running()
+            found.add(values, at * values.size)
+            with self._lock:
+                self._seen[path].add(slot)
+                self._prints[path].join(found)
         return values
 
     def check(self, num_layer_dims: Mapping[str, int]) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from maxlm.convert.arrays import DTYPES, ArrayReader, ArrayWriter, dtype_of
 from maxlm.convert.families import FAMILIES, Family, FamilyError, family_for, family_of
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import Entry, Part, check_tensors, entries, parameters
+from maxlm.convert.parallel import run_all
 from maxlm.convert.safetensors import Folder
 from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
@@ -93,13 +95,15 @@ def from_hf(
         writer = ArrayWriter(step, {p: (dtypes[p], a.shape, len(a.shape) - len(a.own)) for p, a in ours.items()})
         by_name = {entry.name: entry for entry in wanted}
         total = sum(theirs.tensors[name].num_bytes for name in by_name)
+
+        def convert(name: str) -> None:
+            for part, values in by_name[name].to_ours(theirs.read(name)):
+                slot = () if part.slot is None else (part.slot,)
+                writer.write(part.path, slot, values.astype(dtypes[part.path], copy=False))
+
+        names = [name for name in theirs.in_order() if name in by_name]
         with track("convert", total, console=console) as advance:
-            for name in theirs.in_order():
-                if name in by_name:
-                    for part, values in by_name[name].to_ours(theirs.read(name)):
-                        slot = () if part.slot is None else (part.slot,)
-                        writer.write(part.path, slot, values.astype(dtypes[part.path], copy=False))
-                    advance(theirs.tensors[name].num_bytes)
+            run_all(((theirs.tensors[name].num_bytes, partial(convert, name)) for name in names), advance)
         companions = _write_beside(temporary, folder, tree, model)
         writer.finish({"model": model.model_dump(mode="json")})
         if verify:
@@ -239,11 +243,14 @@ def _write_theirs(
     read, own = _parts_read(reader, model), {path: len(a.own) for path, a in parameters(model).items()}
     planned = {e.name: (types[e.name], e.shape) for e in sorted(wanted, key=_layer)}
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in planned.values())
+
+    def convert(entry: Entry) -> None:
+        values = entry.to_theirs([read(part) for part in entry.parts])
+        writer.write(entry.name, values.astype(types[entry.name], copy=False))
+
     with Writer(folder, planned, shard_bytes) as writer, track("convert", total, console=console) as advance:
-        for entry in wanted:  # all layers of a kind: they may be one chunk of the checkpoint
-            values = entry.to_theirs([read(part) for part in entry.parts]).astype(types[entry.name], copy=False)
-            writer.write(entry.name, values)
-            advance(values.nbytes)
+        # all layers of a kind, one after another: they may be one chunk of the checkpoint
+        run_all(((math.prod(e.shape) * types[e.name].itemsize, partial(convert, e)) for e in wanted), advance)
         reader.check({path: len(shape) - own[path] for path, shape in reader.shapes.items()})
     return total
 
@@ -336,10 +343,13 @@ def _verify(
     console: Console | None,
 ) -> None:
     """Compares both sides, bit by bit, in the type of the one that was written."""
+
+    def compare(entry: Entry) -> None:
+        kind = dtype(entry)
+        bits = f"u{kind.itemsize}"
+        ours = entry.to_theirs([read(part) for part in entry.parts]).astype(kind, copy=False)
+        if not np.array_equal(ours.view(bits), theirs.read(entry.name).astype(kind, copy=False).view(bits)):
+            raise CheckpointError(f"tensor {entry.name} is not the same on both sides; try again")
+
     with track("verify", total, console=console) as advance:
-        for entry in wanted:
-            ours, a = entry.to_theirs([read(part) for part in entry.parts]), theirs.read(entry.name)
-            advance(a.nbytes)
-            kind = dtype(entry)
-            if ours.astype(kind).tobytes() != a.astype(kind).tobytes():
-                raise CheckpointError(f"tensor {entry.name} is not the same on both sides; try again")
+        run_all(((math.prod(e.shape) * dtype(e).itemsize, partial(compare, e)) for e in wanted), advance)

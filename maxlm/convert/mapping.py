@@ -11,6 +11,7 @@ from flax import nnx
 
 from maxlm.config import MeshConfig, ModelConfig
 from maxlm.convert.families import Family, FamilyError
+from maxlm.convert.parallel import transposed
 from maxlm.leaves import map_paths, shapes_of
 from maxlm.mesh import make_mesh
 from maxlm.model.param import dims_of, sizes
@@ -59,7 +60,7 @@ class Part:
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
         """Their tensor in our order; padding is zeros."""
-        x = theirs.reshape(self.apart).transpose(self.order)
+        x = _turned(theirs.reshape(self.apart), self.order)
         if x.shape == self.shape:
             return x
         padded = np.zeros(self.shape, x.dtype)
@@ -69,7 +70,7 @@ class Part:
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
         """Our parameter in their order, padding cut off."""
         real = [self.apart[i] for i in self.order]
-        return ours[tuple(map(slice, real))].transpose(np.argsort(self.order)).reshape(self.joined)
+        return _turned(ours[tuple(map(slice, real))], tuple(map(int, np.argsort(self.order)))).reshape(self.joined)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,15 @@ def check_tensors(wanted: Sequence[Entry], found: Mapping[str, Shape], where: st
     names = {entry.name for entry in wanted}
     if extra := [name for name in found if name not in names]:
         raise FamilyError(f"{where} has a tensor {ascii(extra[0])[:120]} that has no place in the model")
+
+
+def _turned(x: np.ndarray, order: Shape) -> np.ndarray:
+    """A transpose; where dims only go round, that of a matrix."""
+    cut = order[0]
+    if cut and x.size and order == (*range(cut, x.ndim), *range(cut)):
+        matrix = x.reshape(math.prod(x.shape[:cut]), -1)
+        return transposed(matrix).reshape([x.shape[i] for i in order])
+    return x.transpose(order)
 
 
 def _part(path: str, ours: Parameter, dims: str, slot: int | None, model: ModelConfig) -> Part:
