@@ -36,6 +36,7 @@ CASES = {  # config.json of a small model of each kind
     "qwen2": {"model_type": "qwen2", **SIZES},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 10, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", **SIZES, "sliding_window": 5},
+    "phi3, partial": {"model_type": "phi3", **SIZES, "sliding_window": None, "partial_rotary_factor": 0.5},
 }
 
 
@@ -92,6 +93,13 @@ def test_configs_go_over_and_back(name):
     family_for(model)[0].write_config(model)
 
 
+def test_rope_is_read_as_transformers_5_writes_it():
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "original_max_position_embeddings": 20, **SCALED}
+    tree = {k: v for k, v in CASES["llama"].items() if k != "rope_theta"}
+    model = FAMILIES["llama"].read_config({**tree, "rope_parameters": rope})
+    assert (model.rope_theta, model.rope_scaling) == (500.0, (8.0, 1.0, 4.0, 20))
+
+
 def test_a_model_of_no_family():
     model = ModelConfig(vocab_size=9, num_layers=1, d_model=8, d_ff=8, num_heads=2, norm="layer")
     with pytest.raises(FamilyError, match=r"no family.*llama has no model with norm='layer'.*phi3 has no"):
@@ -115,6 +123,7 @@ def test_a_model_of_no_family():
         ({"rope_scaling": {"type": "linear", "factor": 4}}, "type 'linear'"),
         ({"rope_scaling": {**SCALED}}, "has no original_max_position_embeddings"),
         ({"rope_scaling": 3}, "rope_scaling=3 is to be an object"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not False"),
     ],

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from helpers import program_on, small_config
+from helpers import one_document, our_logits, program_on, small_config
 from test_convert import CASES, SCALED, SIZES, random_tensors, read
 
 import maxlm.convert.convert as convert_module
@@ -83,9 +83,10 @@ def test_checkpoints_are_whole_to_those_who_read_them(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
-def init_program(folder, **mesh):
+def init_program(folder, more, train, **mesh):
     model = yaml.safe_load((folder / "model.yaml").read_text())["model"]
-    config = small_config(model={"num_kv_heads": None, "head_dim": None, **model, "vocab_multiple": 128})
+    unset = {"num_kv_heads": None, "head_dim": None, "vocab_multiple": 128}
+    config = small_config(model={**unset, **model, **more}, train=train)
     return program_on(config, **mesh)
 
 
@@ -93,7 +94,7 @@ def init_program(folder, **mesh):
 def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path):
     tensors = write_model(tmp_path / "hf")
     from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
-    program = init_program(tmp_path / "m", **mesh)
+    program = init_program(tmp_path / "m", {}, {}, **mesh)
     with contextlib.closing(Checkpoints(str(tmp_path / "m"), CheckpointConfig(), read_only=True)) as other:
         params = read_parameters(other, 0, program)
     with jax.set_mesh(program.mesh):
@@ -223,6 +224,35 @@ def test_what_is_interrupted_leaves_no_folder(way, tmp_path, monkeypatch):
         convert(str(tmp_path / source), str(tmp_path / "out"))
     assert calls[-1] == [f".out.{os.getpid()}.partial", "hf", "m"]  # what a kill would leave
     assert sorted(os.listdir(tmp_path)) == ["hf", "m"]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", CASES)
+def test_what_transformers_saves_gives_its_logits(name, tmp_path):
+    """From its own files to logits on a mesh, with a window and contexts longer than RoPE was made for."""
+    import torch
+    import transformers
+
+    family, model = read(name)
+    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**family.write_config(model), **none}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    rng = torch.Generator().manual_seed(0)
+    for key, parameter in peer.named_parameters():
+        parameter.data = ("norm" in key) + 0.2 * torch.randn(parameter.shape, generator=rng)
+    peer.save_pretrained(tmp_path / "hf", max_shard_size="5KB")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"), verify=True)
+
+    program = init_program(tmp_path / "m", {"dtype": "float32"}, {"seq_len": 32}, fsdp=2, tensor=2)
+    with contextlib.closing(Checkpoints(str(tmp_path / "m"), CheckpointConfig(), read_only=True)) as other:
+        params = jax.device_get(read_parameters(other, 0, program))
+    batch = one_document(program.config)
+    want = peer(input_ids=torch.tensor(batch["tokens"][0], dtype=torch.long)).logits.detach().numpy()
+    got = our_logits(program, params, batch)[..., : model.vocab_size]
+    assert want.std() > 0.1 and np.abs(got - want).max() <= 2e-5
+    to_hf(str(tmp_path / "m"), str(tmp_path / "back"))
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")
 
 
 @pytest.mark.oracle

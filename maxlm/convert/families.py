@@ -133,7 +133,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Rope:
-    """rope_theta, and the scaling of Llama 3.1, as transformers 4 and 5 write them."""
+    """rope_theta, and the scaling of Llama 3.1, as transformers 4 and 5 write them.
+
+    Attributes:
+        partial: the family may rotate a share of each head's features.
+    """
+
+    partial: bool = False
 
     def read(self, tree: Tree) -> dict[str, Any]:
         """See Part."""
@@ -141,7 +147,11 @@ class Rope:
         if not isinstance(scaling, dict):
             raise FamilyError(f"rope_scaling={_short(scaling)} is to be an object")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        fields = {"rope_theta": scaling.get("rope_theta", tree.get("rope_theta", 10_000.0))}
+        share = scaling.get("partial_rotary_factor", tree.get("partial_rotary_factor", 1.0))
+        if share != 1.0 and not self.partial:
+            raise FamilyError(f"partial_rotary_factor={_short(share)} is not 1, the one that this family has")
+        theta = scaling.get("rope_theta", tree.get("rope_theta", 10_000.0))
+        fields = {"rope_theta": theta, "rope_fraction": share}
         if kind == "llama3":
             for theirs, ours in ROPE_SCALING:
                 if theirs not in scaling:
@@ -158,6 +168,7 @@ class Rope:
         return {
             "rope_theta": model.rope_theta,
             "rope_scaling": {"rope_type": "llama3", **scaling} if is_scaled else None,
+            **({"partial_rotary_factor": model.rope_fraction} if self.partial else {}),
         }
 
 
@@ -224,7 +235,6 @@ SIZES = (
     Key("hidden_act", "activation", "silu", (("silu", "silu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"))),
     Key("tie_word_embeddings", "tie_embeddings", False),
     Only("quantization_config", None),
-    Rope(),
 )
 
 
@@ -306,6 +316,7 @@ LLAMA = Family(
     (*EMBEDDINGS, *PRE_NORMS, *INPUTS, *OUTPUTS),
     (
         *SIZES,
+        Rope(),
         Key("num_key_value_heads", "num_kv_heads", None),
         Key("head_dim", "head_dim", None),
         Key("attention_bias", "attention_bias", False, BIASES),
@@ -316,13 +327,13 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     LLAMA.rows,
-    (*SIZES, Key("num_key_value_heads", "num_kv_heads", 8), Key("head_dim", "head_dim", None), Window(4096)),
+    (*SIZES, Rope(), Key("num_key_value_heads", "num_kv_heads", 8), Key("head_dim", "head_dim", None), Window(4096)),
 )
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     LLAMA.rows,
-    (*SIZES, Key("num_key_value_heads", "num_kv_heads", 32), Only("use_sliding_window", False)),
+    (*SIZES, Rope(), Key("num_key_value_heads", "num_kv_heads", 32), Only("use_sliding_window", False)),
     (("attention_bias", "qkv"),),
 )
 QWEN3 = Family(
@@ -331,6 +342,7 @@ QWEN3 = Family(
     LLAMA.rows,
     (
         *SIZES,
+        Rope(),
         Key("num_key_value_heads", "num_kv_heads", 32),
         Key("head_dim", "head_dim", 128),
         Key("attention_bias", "attention_bias", False, BIASES),
@@ -346,7 +358,7 @@ PHI3 = Family(
         *(part for part in SIZES if part != Key("rms_norm_eps", "norm_eps", 1e-6)),
         Key("rms_norm_eps", "norm_eps", 1e-5),
         Key("num_key_value_heads", "num_kv_heads", None),
-        Key("partial_rotary_factor", "rope_fraction", 1.0),
+        Rope(partial=True),
         Window(),
     ),
 )
