@@ -55,15 +55,7 @@ def read_parameters(
         found = stack.as_saved(saved[p][0], s) if p in others else s
         return jax.ShapeDtypeStruct(found.shape, jnp.dtype(saved[p][1]), sharding=found.sharding)
 
-    item = map_paths(as_saved, shapes)
-    restore = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            state = orbax.restore(path if storage.is_bucket(path) else os.path.abspath(path), args=restore)
-    except Exception as error:
-        raise CheckpointError(f"cannot read the parameters of {path}: {' '.join(str(error).split())[:300]}") from error
+    state = _restored(path, map_paths(as_saved, shapes))
     manifest.check_arrays(known, fingerprints(named_leaves(state))())
 
     def finish(p: str, x: jax.Array, s: jax.ShapeDtypeStruct) -> jax.Array:
@@ -71,6 +63,18 @@ def read_parameters(
         return stack.restack(x, s) if p in others else x
 
     return map_paths(finish, state, shapes)["params"]
+
+
+def _restored(path: str, item: Any) -> Any:
+    """What a checkpoint holds of a tree of shapes."""
+    restore = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            return orbax.restore(path if storage.is_bucket(path) else os.path.abspath(path), args=restore)
+    except Exception as error:
+        raise CheckpointError(f"cannot read the parameters of {path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _changed(there: Any, program: Program) -> list[str]:

@@ -110,6 +110,12 @@ def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path):
         assert {n: back.read(n).tobytes() for n in back.tensors} == {n: x.tobytes() for n, x in tensors.items()}
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["model_type"], config["max_position_embeddings"], config["vocab_size"]) == ("llama", 12, 250)
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    done = to_hf(str(tmp_path / "run"), str(tmp_path / "liked"), like=str(tmp_path / "hf"))
+    assert (done.companions, done.family) == (["chat_template.jinja"], "llama")
+    assert json.loads((tmp_path / "liked" / "config.json").read_text())["max_position_embeddings"] == 64
+    with pytest.raises(ConvertError, match="nowhere, .* is not a folder"):
+        to_hf(str(tmp_path / "run"), str(tmp_path / "x"), like="nowhere")
     with pytest.raises(ConvertError, match=r"no checkpoint of step 4; it has \[3\]"):
         to_hf(str(tmp_path / "run"), str(tmp_path / "x"), step=4)
 
@@ -184,6 +190,14 @@ def test_other_files_that_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         from_hf(str(hf), out)
     assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_buckets_are_refused(tmp_path):
+    write_model(tmp_path / "hf")
+    with pytest.raises(ConvertError, match="gs://b/m is in a bucket"):
+        from_hf(str(tmp_path / "hf"), "gs://b/m")
+    with pytest.raises(ConvertError, match="gs://b/m is in a bucket"):
+        to_hf("gs://b/m", str(tmp_path / "out"))
 
 
 def test_damage_is_found(tmp_path):

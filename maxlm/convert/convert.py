@@ -93,23 +93,35 @@ def from_hf(
         step = os.path.join(temporary, "checkpoints", "0")
         ours = parameters(model)
         writer = ArrayWriter(step, {p: (dtypes[p], a.shape, len(a.shape) - len(a.own)) for p, a in ours.items()})
-        by_name = {entry.name: entry for entry in wanted}
-        total = sum(theirs.tensors[name].num_bytes for name in by_name)
-
-        def convert(name: str) -> None:
-            for part, values in by_name[name].to_ours(theirs.read(name)):
-                slot = () if part.slot is None else (part.slot,)
-                writer.write(part.path, slot, values.astype(dtypes[part.path], copy=False))
-
-        names = [name for name in theirs.in_order() if name in by_name]
-        with track("convert", total, console=console) as advance:
-            run_all(((theirs.tensors[name].num_bytes, partial(convert, name)) for name in names), advance)
+        total = _write_ours(writer, wanted, theirs, dtypes, console)
         companions = _write_beside(temporary, folder, tree, model)
         writer.finish({"model": model.model_dump(mode="json")})
         if verify:
             reader = ArrayReader(step)
             _verify(wanted, theirs, _parts_read(reader, model), lambda e: dtypes[e.parts[0].path], total, console)
     return Converted(family.model_type, model, len(wanted), total, companions)
+
+
+def _write_ours(
+    writer: ArrayWriter,
+    wanted: Sequence[Entry],
+    theirs: Folder,
+    dtypes: Mapping[str, np.dtype],
+    console: Console | None,
+) -> int:
+    """Writes all parameters. Returns the size of their tensors in bytes."""
+    by_name = {entry.name: entry for entry in wanted}
+    sizes = {name: theirs.tensors[name].num_bytes for name in theirs.in_order() if name in by_name}
+
+    def convert(name: str) -> None:
+        for part, values in by_name[name].to_ours(theirs.read(name)):
+            slot = () if part.slot is None else (part.slot,)
+            writer.write(part.path, slot, values.astype(dtypes[part.path], copy=False))
+
+    total = sum(sizes.values())
+    with track("convert", total, console=console) as advance:
+        run_all(((size, partial(convert, name)) for name, size in sizes.items()), advance)
+    return total
 
 
 def _model_of(tree: Mapping[str, Any], path: str) -> tuple[Family, ModelConfig]:
@@ -203,25 +215,21 @@ def to_hf(
 
     Raises:
         CheckpointError: there is none, or it cannot be read; DamagedError: it is not what was saved.
-        FamilyError: no family has such a model.
-        ConvertError: out is there already.
+        FamilyError, ConvertError: no family has such a model; out is there already.
         OSError: something cannot be read or written.
     """
     reader = ArrayReader(_step_folder(run, step))
     model = _saved_model(reader, run)
-    beside = like or (os.path.join(run, folders.HF) if os.path.isdir(os.path.join(run, folders.HF)) else None)
+    beside = _beside(run, like)
     family, tree = _their_config(model, beside)
     wanted = entries(family, model)
     _check_arrays(reader, model, run)
     types = {e.name: dtype_of(dtype or reader.dtypes[e.parts[0].path]) for e in wanted}
-    if beside is not None:
-        folders.check_tokenizer(beside, model.vocab_size)
+    folders.check_tokenizer(beside, model.vocab_size)
     with folders.new_folder(out) as temporary:
         total = _write_theirs(temporary, wanted, types, reader, model, shard_bytes, console)
-        folders.write_text(
-            os.path.join(temporary, folders.CONFIG),
-            folders.to_json({**_context(reader), **tree, "torch_dtype": types[wanted[0].name].name}),
-        )
+        config = {**_context(reader), **tree, "torch_dtype": types[wanted[0].name].name}
+        folders.write_text(os.path.join(temporary, folders.CONFIG), folders.to_json(config))
         companions = folders.copy_companions(beside, temporary) if beside else []
         if verify:
             with contextlib.closing(Folder(temporary)) as theirs:
@@ -284,6 +292,14 @@ def _saved_model(reader: ArrayReader, run: str) -> ModelConfig:
         return ModelConfig(**fields) if isinstance(fields, dict) else ModelConfig.model_validate(fields)
     except (ValidationError, TypeError) as error:
         raise CheckpointError(f"the manifest of {run} says no model: {str(error).splitlines()[0][:120]}") from None
+
+
+def _beside(run: str, like: str | None) -> str | None:
+    """The folder of the files that travel along."""
+    if like is not None and not os.path.isdir(like):
+        raise ConvertError(f"{like}, whose tokenizer is to go along, is not a folder")
+    own = os.path.join(run, folders.HF)
+    return like or (own if os.path.isdir(own) else None)
 
 
 def _their_config(model: ModelConfig, beside: str | None) -> tuple[Family, dict[str, Any]]:

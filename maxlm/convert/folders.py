@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from maxlm import storage
 from maxlm.convert.families import FamilyError
 from maxlm.convert.safetensors import SafetensorsError, read_json
 
@@ -57,14 +58,13 @@ def read_config(folder: str) -> dict[str, Any]:
         raise FamilyError(str(error)) from None
 
 
-def check_tokenizer(folder: str, vocab_size: int) -> None:
+def check_tokenizer(folder: str | None, vocab_size: int) -> None:
     """Refuses a tokenizer that makes ids for which the model has no embedding.
 
     Raises:
         FamilyError: it does, or is no tokenizer.
     """
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.exists(path):
+    if folder is None or not os.path.exists(path := os.path.join(folder, "tokenizer.json")):
         return
     import tokenizers
 
@@ -104,9 +104,11 @@ def new_folder(path: str) -> Iterator[str]:
     """Yields a hidden folder beside `path` that gets this name when all has gone well, and else is removed.
 
     Raises:
-        ConvertError: there is something at `path`.
+        ConvertError: there is something at `path`, or it is in a bucket.
         OSError: the place takes nothing.
     """
+    if storage.is_bucket(path):
+        raise ConvertError(f"{path} is in a bucket; convert into a local folder and copy it there")
     path = os.path.abspath(path)
     above, name = os.path.split(path)
     partial = os.path.join(above, f".{name}.{os.getpid()}.partial")
