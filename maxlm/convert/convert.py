@@ -179,7 +179,7 @@ def _types_of_parameters(wanted: Sequence[Entry], theirs: Folder, dtype: str | N
 def _write_beside(target: str, folder: str, tree: dict[str, Any], model: ModelConfig) -> list[str]:
     os.mkdir(os.path.join(target, folders.HF))
     folders.write_text(os.path.join(target, folders.HF, folders.CONFIG), folders.to_json(tree))
-    fields = {k: v for k, v in model.model_dump(mode="json").items() if v != ModelConfig.model_fields[k].default}
+    fields = model.model_dump(mode="json", exclude_defaults=True)
     folders.write_text(os.path.join(target, "model.yaml"), yaml.safe_dump({"model": fields}, sort_keys=False))
     return folders.copy_companions(folder, os.path.join(target, folders.HF))
 
