@@ -20,6 +20,7 @@ from maxlm.hardware import detect
 from maxlm.kernels import fused
 from maxlm.loss import Batch, Objective, Sums, cross_entropy
 from maxlm.model.dropout import Drop, dropout, keep_all
+from maxlm.model.moe import Dispatch
 from maxlm.model.stack import Aux, Ops, run_layers
 from maxlm.model.summed import Summed, make_slot
 from maxlm.model.transformer import STACKS, Transformer
@@ -55,6 +56,33 @@ def in_precision(method: Callable[..., Result]) -> Callable[..., Result]:
             return method(self, *arguments)
 
     return run
+
+
+def choose_kernel(
+    device: Any, local: str = "auto", context: str = "ring", packed: bool = True
+) -> Callable[..., jax.Array]:
+    """The attention kernel of layers.
+
+    Args:
+        device: one of the mesh's.
+        local: what a device computes with: "splash", "cudnn", "plain", or "auto", the best that it has.
+        context: "ring" or "gather", over the context axis.
+        packed: rows may hold several documents.
+    """
+    on_tpu, on_cudnn = device.platform == "tpu", fused.runs_on(device)
+    if local == "auto":
+        local = "splash" if on_tpu else "cudnn" if on_cudnn else "plain"
+    interpret = not {"splash": on_tpu, "cudnn": on_cudnn}.get(local, False)
+    chip = detect(device)
+    name = None if chip is None else chip.name
+    return partial(sharded_attention, context, local, interpret=interpret, packed=packed, chip=name)
+
+
+def choose_dispatch(device: Any, kind: str = "auto", capacity_factor: float | None = None) -> Dispatch:
+    """What brings tokens to experts. Args: kind: "exchange", "gather", or "auto", the best that the device has."""
+    if kind == "auto":
+        kind = "exchange" if device.platform == "tpu" else "gather"
+    return partial(dispatch_experts, kind, capacity_factor)
 
 
 @dataclass(frozen=True)
@@ -102,24 +130,9 @@ class Passes:
 
     def ops(self, rows: Batch) -> Ops:
         """What layers are given, for these tokens."""
-        mesh, device, local = self.config.mesh, self.mesh.devices.flat[0], self.config.train.attention
-        on_tpu, on_cudnn = device.platform == "tpu", fused.runs_on(device)
-        if local == "auto":
-            local = "splash" if on_tpu else "cudnn" if on_cudnn else "plain"
-        interpret = not {"splash": on_tpu, "cudnn": on_cudnn}.get(local, False)
-        chip = detect(device)
-        kernel = partial(
-            sharded_attention,
-            mesh.context_attention,
-            local,
-            interpret=interpret,
-            packed=self.config.data.segment_mask,
-            chip=None if chip is None else chip.name,
-        )
-        dispatch = mesh.expert_dispatch
-        if dispatch == "auto":
-            dispatch = "exchange" if on_tpu else "gather"
-        experts = partial(dispatch_experts, dispatch, mesh.capacity_factor)
+        mesh, device, train = self.config.mesh, self.mesh.devices.flat[0], self.config.train
+        kernel = choose_kernel(device, train.attention, mesh.context_attention, self.config.data.segment_mask)
+        experts = choose_dispatch(device, mesh.expert_dispatch, mesh.capacity_factor)
         errors = ErrorReport(*self.objective.reports.get(QUANT_ERROR, (0, 0)))
         weight = partial(use_weight, rows.get("noise"), errors.tell)
         return Ops(kernel, experts, self.drop(rows), weight, errors.take)

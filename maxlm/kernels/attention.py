@@ -41,13 +41,14 @@ def attention(
         stop = start + T // count
         rows, keys = slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
         seen = _seen_BTS(segments_BT, rows, keys, window)
-        outs.append(_attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], seen, scale, softcap))
+        outs.append(attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], seen, scale, softcap))
     return outs[0] if count == 1 else jnp.concatenate(outs, axis=1)
 
 
-def _attend(
+def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, seen_BTS: jax.Array, scale: float, softcap: float | None
 ) -> jax.Array:
+    """Attention of queries to the keys that `seen_BTS` (bool) says; else as attention."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = jax.lax.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=compute_spec("BTKGH"))

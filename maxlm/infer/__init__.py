@@ -1,0 +1,1 @@
+"""Models in use: reading them, and generating text with them."""
