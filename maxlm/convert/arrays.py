@@ -17,10 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
+from blake3 import blake3
 
 from maxlm import manifest
+from maxlm.convert.safetensors_writer import allocate
 from maxlm.fingerprint import Running
-from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, Manifest
+from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 
 PREFIX = "params/"
 CHUNK_BYTES = 64 << 20
@@ -49,13 +51,14 @@ class ArrayWriter:
         self._chunks = {path: _chunks(*spec) for path, spec in arrays.items()}
         self._left = {path: set(np.ndindex(spec[1][: spec[2]])) for path, spec in arrays.items()}
         self._prints = {path: Running() for path in arrays}
+        self._files = dict[str, FileRecord]()
         self._lock = threading.Lock()
         os.makedirs(folder)
         for path, (dtype, shape, _) in arrays.items():
-            os.mkdir(self._file(path))
+            os.mkdir(os.path.join(folder, self._place(path)))
             about = {"zarr_format": 2, "shape": shape, "chunks": self._chunks[path], "dtype": DTYPES[dtype.name]}
             about |= {"compressor": None, "fill_value": None, "filters": None, "order": "C", "dimension_separator": "."}
-            _write(self._file(path, ".zarray"), json.dumps(about).encode())
+            _write(os.path.join(folder, self._place(path, ".zarray")), json.dumps(about).encode())
 
     def write(self, path: str, slot: Shape, values: np.ndarray) -> None:
         """Writes a parameter, or the share of the layer at `slot`."""
@@ -69,8 +72,10 @@ class ArrayWriter:
         rows = self._chunks[path][num_layer_dims] if own else 1
         for i in range(0, own[0] if own else 1, rows):
             name = [*slot, *([i // rows, *[0] * (len(own) - 1)] if own else [])]
-            data = values[i : i + rows] if own else values
-            _write(self._file(path, ".".join(map(str, name))), data.reshape(-1).view(np.uint8).data)
+            data = (values[i : i + rows] if own else values).reshape(-1).view(np.uint8).data
+            place = self._place(path, ".".join(map(str, name)))
+            _write(os.path.join(self._folder, place), data)
+            self._files[place] = FileRecord(len(data), blake3(data).hexdigest())
         with self._lock:
             self._prints[path].join(found)
             self._left[path].discard(slot)
@@ -91,18 +96,20 @@ class ArrayWriter:
         about |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
         _write(os.path.join(self._folder, "_METADATA"), json.dumps(tree).encode())
         _write(os.path.join(self._folder, "_CHECKPOINT_METADATA"), json.dumps(about).encode())
-        # as read back, like those of other saves; .zarray says what the others are, and is not among saved_files
-        names = [*manifest.saved_files(self._folder), *(f"params.{p.replace('/', '.')}/.zarray" for p in self._arrays)]
+        # .zarray says what the others are, and is not among saved_files
+        names = [*manifest.saved_files(self._folder), *(self._place(path, ".zarray") for path in self._arrays)]
+        small = manifest.hash_files(self._folder, [name for name in names if name not in self._files])
         arrays = {
             f"{PREFIX}{path}": ArrayRecord(dtype.name, tuple(shape), self._prints[path].text())
             for path, (dtype, shape, _) in self._arrays.items()
         }
         versions = {"maxlm": importlib.metadata.version("maxlm")}
-        files = manifest.hash_files(self._folder, sorted(names))
-        Manifest(step=0, files=files, arrays=arrays, run=dict(run), versions=versions).write(self._folder)
+        files = self._files | small
+        Manifest(step=0, files={name: files[name] for name in sorted(names)}, arrays=arrays, run=dict(run), versions=versions).write(self._folder)
 
-    def _file(self, path: str, *names: str) -> str:
-        return os.path.join(self._folder, f"{PREFIX}{path}".replace("/", "."), *names)
+    def _place(self, path: str, *names: str) -> str:
+        """Within the folder."""
+        return "/".join([f"{PREFIX}{path}".replace("/", "."), *names])
 
 
 class ArrayReader:
@@ -144,10 +151,12 @@ class ArrayReader:
         """
         shape = self.shapes[path]
         try:
-            with self._lock:
-                if path not in self._stores:
-                    self._stores[path] = self._opened(path)
-            values = np.asarray(self._stores[path][slot].read().result())
+            values = self._mapped(path, slot)
+            if values is None:
+                with self._lock:
+                    if path not in self._stores:
+                        self._stores[path] = self._opened(path)
+                values = np.asarray(self._stores[path][slot].read().result())
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"cannot read {path} of {self._folder}: {_brief(error)}") from None
         if slot not in self._seen[path]:
@@ -173,6 +182,15 @@ class ArrayReader:
                     self.read(path, slot)
             if self._prints[path].text() != self._wanted[path]:
                 raise DamagedError(f"{self._folder} is damaged: array {PREFIX}{path} is not the one that was saved")
+
+    def _mapped(self, path: str, slot: Shape) -> np.ndarray | None:
+        """A share that is one plain file, as ArrayWriter writes it: in place, without a copy."""
+        dtype, own = dtype_of(self.dtypes[path]), self.shapes[path][len(slot) :]
+        name = f"{PREFIX}{path}".replace("/", ".") + "/" + ".".join(map(str, [*slot, *[0] * len(own)]))
+        record = self.manifest.files.get(name)
+        if not own or record is None or record.size != math.prod(own) * dtype.itemsize or not record.size:
+            return None
+        return np.memmap(os.path.join(self._folder, name), dtype, "r", shape=own)
 
     def _opened(self, path: str) -> Any:
         name, folder = f"{PREFIX}{path}".replace("/", "."), os.path.abspath(self._folder)
@@ -206,6 +224,7 @@ def _write(path: str, data: Any) -> None:
     try:
         with open(path, "wb", buffering=0) as file:
             done = 0
+            allocate(file.fileno(), len(data))
             while done < len(data):
                 done += file.write(data[done:])
             os.fsync(file.fileno())
