@@ -11,10 +11,12 @@ from helpers import (
     one_document,
     our_logits,
     perturbed_params,
+    place,
     program_on,
     small_config,
 )
 
+from maxlm.infer.generate import Generator
 from maxlm.optim import update
 
 pytestmark = pytest.mark.oracle
@@ -242,6 +244,26 @@ def test_logits_are_those_of_transformers(family):
     got = our_logits(case.program, case.params, batch)
     assert want.std() > 0.1  # logits that say something
     assert np.abs(got - want).max() <= LOGITS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_transformers(family):
+    """Prompts of different lengths in one batch, past the window of local layers."""
+    import torch
+
+    case, rng = both(family, tensor=2 if family == "Llama" else 1), np.random.default_rng(5)
+    limit = case.config.model.max_positions or 40
+    prompts = [rng.integers(0, 250, count).tolist() for count in (1, 4, 9)]
+    count, longest = min(24, limit - 9), max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    case.peer.config.use_cache = True
+    want = case.peer.generate(
+        input_ids=ids, attention_mask=seen, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    params, _ = place(case.program, case.params, one_document(case.config))
+    made = Generator(case.config.model, params, case.program.mesh)
+    assert np.stack(list(made.tokens(prompts, count)), 1).tolist() == want[:, longest:].tolist()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])

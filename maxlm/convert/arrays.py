@@ -104,8 +104,8 @@ class ArrayWriter:
             for path, (dtype, shape, _) in self._arrays.items()
         }
         versions = {"maxlm": importlib.metadata.version("maxlm")}
-        files = self._files | small
-        Manifest(step=0, files={name: files[name] for name in sorted(names)}, arrays=arrays, run=dict(run), versions=versions).write(self._folder)
+        files = dict(sorted((self._files | small).items()))
+        Manifest(step=0, files=files, arrays=arrays, run=dict(run), versions=versions).write(self._folder)
 
     def _place(self, path: str, *names: str) -> str:
         """Within the folder."""
