@@ -1,6 +1,7 @@
 """Generation: batches of prompts of different lengths through the decoder, token by token."""
 
-from collections.abc import Iterator, Sequence
+import collections.abc
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ class Generator:
         sampling: Sampling | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
-    ) -> Iterator[np.ndarray]:
+        num_rows: int = 0,
+    ) -> collections.abc.Generator[np.ndarray, None, None]:
         """Continues prompts together; the device is one step ahead of what has been yielded.
 
         Args:
@@ -68,6 +70,7 @@ class Generator:
             sampling: default: the likeliest tokens.
             seed: of what is drawn.
             numbers: of the prompts, which what is drawn hangs on; default: their places.
+            num_rows: of the batch, at least: batches of one size take one program.
 
         Yields:
             int32 [number of prompts], the next token of each.
@@ -81,7 +84,7 @@ class Generator:
         sampling = sampling or Sampling()
         with jax.set_mesh(self.mesh):
             at_once = axis_size("slice", "data", "fsdp", "expert")
-            tokens_BT, starts_B = pack_left(prompts, -(-len(prompts) // at_once) * at_once)
+            tokens_BT, starts_B = pack_left(prompts, -(-max(num_rows, len(prompts)) // at_once) * at_once)
             numbers_B = np.zeros(len(starts_B), np.int32)
             numbers_B[: len(prompts)] = range(len(prompts)) if numbers is None else numbers
             size = -(-(tokens_BT.shape[1] + max_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
