@@ -141,7 +141,7 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
     Raises:
         ConfigError: names the field, its value, and a value that fits.
     """
-    _check_model(config.model, sizes)
+    check_model(config.model, sizes)
     _check_batch(config.train, sizes)
     _check_pipeline(config, sizes)
     D, shards = config.model.d_model, sizes["fsdp"] * sizes["data"]
@@ -152,7 +152,8 @@ def check_fit(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_model(model: ModelConfig, sizes: dict[str, int]) -> None:
+def check_model(model: ModelConfig, sizes: dict[str, int]) -> None:
+    """Checks that a model divides over the mesh; errors are those of check_fit."""
     experts = model.num_experts or 0
     for field, value, axis in (
         ("model.num_heads", model.num_heads, "tensor"),

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 MAY_BE_IMPORTED_BY = {
     "trainer": {"cli", "__init__"},
     "cli": {"__main__"},
-    "convert": {"cli"},
+    "convert": {"cli", "infer"},
     "__main__": set(),
 }
 # Packages whose import name says nothing about who ships it, or that several ship.

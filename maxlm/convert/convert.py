@@ -81,14 +81,8 @@ def from_hf(
         OSError: something cannot be read or written.
     """
     tree = folders.read_config(folder)
-    family, model = _model_of(tree, os.path.join(folder, folders.CONFIG))
     with contextlib.closing(Folder(folder)) as theirs, folders.new_folder(out) as temporary:
-        _check_sizes(model, theirs, folder)
-        wanted = entries(family, model)
-        _check_head(model, theirs, folder)
-        found = {n: t.shape for n, t in theirs.tensors.items() if not BUFFERS.fullmatch(n) and not _is_tied(model, n)}
-        check_tensors(wanted, found, folder)
-        folders.check_tokenizer(folder, model.vocab_size)
+        family, model, wanted = accounted(tree, theirs)
         dtypes = _types_of_parameters(wanted, theirs, dtype)
         step = os.path.join(temporary, "checkpoints", "0")
         ours = parameters(model)
@@ -100,6 +94,23 @@ def from_hf(
             reader = ArrayReader(step)
             _verify(wanted, theirs, _parts_read(reader, model), lambda e: dtypes[e.parts[0].path], total, console)
     return Converted(family.model_type, model, len(wanted), total, companions)
+
+
+def accounted(tree: Mapping[str, Any], theirs: Folder) -> tuple[Family, ModelConfig, list[Entry]]:
+    """A folder's family and model, and all of its tensors. Args: tree: its config.json.
+
+    Raises:
+        FamilyError: the family is not known, or config, tokenizer and tensors do not agree.
+    """
+    folder = theirs.path
+    family, model = _model_of(tree, os.path.join(folder, folders.CONFIG))
+    _check_sizes(model, theirs, folder)
+    wanted = entries(family, model)
+    _check_head(model, theirs, folder)
+    found = {n: t.shape for n, t in theirs.tensors.items() if not BUFFERS.fullmatch(n) and not _is_tied(model, n)}
+    check_tensors(wanted, found, folder)
+    folders.check_tokenizer(folder, model.vocab_size)
+    return family, model, wanted
 
 
 def _write_ours(
@@ -219,11 +230,11 @@ def to_hf(
         OSError: something cannot be read or written.
     """
     reader = ArrayReader(_step_folder(run, step))
-    model = _saved_model(reader, run)
+    model = saved_model(reader, run)
     beside = _beside(run, like)
     family, tree = _their_config(model, beside)
     wanted = entries(family, model)
-    _check_arrays(reader, model, run)
+    check_arrays(reader, model, run)
     types = {e.name: dtype_of(dtype or reader.dtypes[e.parts[0].path]) for e in wanted}
     folders.check_tokenizer(beside, model.vocab_size)
     with folders.new_folder(out) as temporary:
@@ -286,7 +297,8 @@ def _step_folder(run: str, step: int | None) -> str:
         return checkpoints.step_path(chosen)
 
 
-def _saved_model(reader: ArrayReader, run: str) -> ModelConfig:
+def saved_model(reader: ArrayReader, run: str) -> ModelConfig:
+    """The model that a checkpoint's manifest says."""
     fields = reader.manifest.run.get("model")
     try:
         return ModelConfig(**fields) if isinstance(fields, dict) else ModelConfig.model_validate(fields)
@@ -311,7 +323,7 @@ def _their_config(model: ModelConfig, beside: str | None) -> tuple[Family, dict[
     return family, {**kept, **tree}
 
 
-def _check_arrays(reader: ArrayReader, model: ModelConfig, run: str) -> None:
+def check_arrays(reader: ArrayReader, model: ModelConfig, run: str) -> None:
     """Every parameter of the model is there, in a stack of layers or of a pipeline's shares, and nothing else."""
     ours = parameters(model)
     for path in [*ours, *reader.shapes]:

@@ -1,0 +1,266 @@
+"""Models for inference: parameters onto a mesh in their compute dtype, from a run, a converted model or Hugging Face.
+
+Tensors are read one layer's share at a time and written into stacks that are on the devices already: the host never
+holds more than one of them.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm import storage
+from maxlm.checkpoint import Checkpoints
+from maxlm.config import CheckpointConfig, MeshConfig, ModelConfig
+from maxlm.config_file import load_config
+from maxlm.convert import folders
+from maxlm.convert.arrays import ArrayReader
+from maxlm.convert.convert import accounted, check_arrays, saved_model
+from maxlm.convert.safetensors import Folder
+from maxlm.data.store import TokenStore
+from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
+from maxlm.leaves import map_paths, named_leaves
+from maxlm.manifest import CheckpointError, DamagedError
+from maxlm.mesh import axis_sizes, check_model, make_mesh, start_devices
+from maxlm.model.param import dims_of
+from maxlm.model.transformer import Transformer
+from maxlm.sharding import param_spec, put_layer, weight_dtype
+
+Dtype = Literal["float32", "bfloat16"]
+Piece = tuple[str, int | None, np.ndarray]
+"""Path of a parameter, place in its stack of layers (None: it has none), values."""
+FEW_TOKENS = 2048
+"""Context of a model of which nothing says it."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be opened; one sentence that says what would be right."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model on its mesh.
+
+    Attributes:
+        place: where it was read, such as runs/a@400.
+        model: its config; model.dtype is that of params.
+        params: as a Transformer's, layers stacked [L, ...], in the compute dtype, where parameters rest.
+        mesh: its devices.
+        context: tokens that it was trained on at a time.
+        eos_ids: tokens that end a text, as far as its files say.
+        load_tokenizer: reads its tokenizer.
+    """
+
+    place: str
+    model: ModelConfig
+    params: dict[str, Any]
+    mesh: Mesh
+    context: int
+    eos_ids: tuple[int, ...]
+    load_tokenizer: Callable[[], Tokenizer]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            ModelError: it has none, or one with ids beyond the vocabulary.
+        """
+        found = self.load_tokenizer()
+        if found.vocab_size > self.model.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {self.place} makes ids up to {found.vocab_size - 1}, and the model has embeddings "
+                f"for vocab_size={self.model.vocab_size}"
+            )
+        return found
+
+
+def open_model(place: str, mesh: MeshConfig | None = None, dtype: Dtype = "bfloat16") -> OpenModel:
+    """Reads a model onto the devices.
+
+    Args:
+        place: folder of a run or of what `maxlm convert from-hf` wrote, FOLDER or FOLDER@STEP (default: the newest
+            checkpoint that is whole), or a Hugging Face folder (config.json and safetensors).
+        mesh: axis sizes; default: all devices share the parameters (fsdp).
+        dtype: of parameters and computation.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError, ConvertError, FamilyError, SafetensorsError, CheckpointError: there is none, or it is damaged.
+        ConfigError: the mesh does not fit the devices or the model.
+        OSError: something cannot be read.
+    """
+    config = mesh or MeshConfig()
+    if storage.is_bucket(place):
+        raise ModelError(f"{place} is in a bucket; copy the model to a local folder and open it there")
+    if os.path.isfile(os.path.join(place, folders.CONFIG)):
+        return _open_hf(place, config, dtype)
+    folder, at, step = place.rpartition("@")
+    if not at or not step.isdecimal() or len(step) > 18:
+        folder, step = place, ""
+    if not os.path.isdir(os.path.join(folder, "checkpoints")):
+        raise ModelError(
+            f"{folder} is no model: it has neither checkpoints/ (a run, or what maxlm convert from-hf wrote) nor "
+            f"{folders.CONFIG} (a Hugging Face folder)"
+        )
+    return _open_run(folder, int(step) if step else None, config, dtype)
+
+
+# ---- sources
+
+
+def _open_hf(folder: str, config: MeshConfig, dtype: Dtype) -> OpenModel:
+    tree = folders.read_config(folder)
+    with contextlib.closing(Folder(folder)) as theirs:
+        _, model, wanted = accounted(tree, theirs)
+        by_name = {entry.name: entry for entry in wanted}
+
+        def pieces() -> Iterator[Piece]:
+            for name in theirs.in_order():
+                if name in by_name:
+                    for part, values in by_name[name].to_ours(theirs.read(name)):
+                        yield part.path, part.slot, values
+
+        model, mesh = _placed(model, config, dtype)
+        params = _on_devices(model, mesh, pieces())
+    return _opened_hf(folder, folder, model, params, mesh, tree)
+
+
+def _opened_hf(
+    place: str, folder: str, model: ModelConfig, params: dict[str, Any], mesh: Mesh, tree: Mapping[str, Any]
+) -> OpenModel:
+    eos = tree.get("eos_token_id")
+    eos_ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
+    context = tree.get("max_position_embeddings")
+    context = context if isinstance(context, int) and context > 0 else FEW_TOKENS
+    bos = tree.get("bos_token_id")
+
+    def tokenizer() -> Tokenizer:
+        path = os.path.join(folder, "tokenizer.json")
+        if not os.path.exists(path):
+            raise ModelError(f"{folder} has no tokenizer.json; copy that of the model there")
+        try:
+            return tokenizer_from_bytes(
+                "tokenizers", storage.read_bytes(path), next(iter(eos_ids), None), bos if isinstance(bos, int) else None
+            )
+        except ValueError as error:
+            raise ModelError(f"tokenizer {path}: {error}") from None
+
+    return OpenModel(place, model, params, mesh, context, eos_ids, tokenizer)
+
+
+def _open_run(folder: str, wanted: int | None, config: MeshConfig, dtype: Dtype) -> OpenModel:
+    with contextlib.closing(Checkpoints(folder, CheckpointConfig(), read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or (wanted is not None and wanted not in steps):
+            known = f" of step {wanted}; it has {steps}" if steps else ""
+            raise ModelError(f"{folder} has no checkpoint{known}")
+        for step in [wanted] if wanted is not None else reversed(steps):
+            try:
+                model, params, mesh, run = _read_checkpoint(checkpoints, step, folder, config, dtype)
+                break
+            except DamagedError as error:
+                if step in (wanted, steps[0]):
+                    raise
+                print(f"checkpoint {step} of {folder} is left out: {error}", file=sys.stderr)
+        else:
+            raise AssertionError
+    place = f"{folder}@{step}"
+    beside = os.path.join(folder, folders.HF)
+    if os.path.isdir(beside):
+        return _opened_hf(place, beside, model, params, mesh, folders.read_config(beside))
+    train = run.get("train")
+    context = train.get("seq_len", FEW_TOKENS) if isinstance(train, dict) else FEW_TOKENS
+    return OpenModel(place, model, params, mesh, context, (), partial(_store_tokenizer, folder))
+
+
+def _read_checkpoint(
+    checkpoints: Checkpoints, step: int, folder: str, config: MeshConfig, dtype: Dtype
+) -> tuple[ModelConfig, dict[str, Any], Mesh, Mapping[str, Any]]:
+    if checkpoints.manifest(step) is None:
+        raise CheckpointError(f"{checkpoints.step_path(step)} is of an older maxlm: continue the run to save anew")
+    reader = ArrayReader(checkpoints.step_path(step))
+    model = saved_model(reader, folder)
+    check_arrays(reader, model, folder)
+    leading = dict[str, int]()
+
+    def pieces(own: Mapping[str, int]) -> Iterator[Piece]:
+        for path, shape in reader.shapes.items():
+            lead = leading[path] = len(shape) - own[path]
+            if not lead:
+                yield path, None, reader.read(path, ())
+            # what fills up the end of a pipeline's stack is left out
+            for slot in range(model.num_repeats if path.startswith("layers/") else shape[0]) if lead else ():
+                at = tuple(int(i) for i in np.unravel_index(slot, shape[:lead]))
+                yield path, slot, reader.read(path, at)
+
+    model, mesh = _placed(model, config, dtype)
+    own = {path: len(dims) for path, (dims, _) in _layout(model, mesh).items()}
+    params = _on_devices(model, mesh, pieces(own))
+    reader.check(leading)
+    return model, params, mesh, reader.manifest.run
+
+
+def _store_tokenizer(folder: str) -> Tokenizer:
+    """That of a run: its first store's."""
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.exists(path):
+        raise ModelError(f"{folder} has no config.yaml, which says the token store whose tokenizer it has")
+    with contextlib.closing(TokenStore(load_config(path).data.stores[0].path)) as store:
+        return store.tokenizer()
+
+
+# ---- devices
+
+
+def _placed(model: ModelConfig, config: MeshConfig, dtype: Dtype) -> tuple[ModelConfig, Mesh]:
+    devices = start_devices(config)
+    sizes = axis_sizes(config, len(devices))
+    if sizes["stage"] > 1:
+        raise ModelError(f"mesh.stage={sizes['stage']}: inference has no pipeline; use mesh.fsdp or mesh.tensor")
+    check_model(model, sizes)
+    return model.model_copy(update={"dtype": dtype}), make_mesh(config, devices)
+
+
+def _layout(model: ModelConfig, mesh: Mesh) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dimension letters of a layer's share, and shape of the whole, of every parameter."""
+    state = _shapes(model, mesh)
+    shapes, letters = named_leaves(nnx.to_pure_dict(state)), dict[str, str]()
+    map_paths(letters.__setitem__, nnx.to_pure_dict(dims_of(state)))
+    return {path: (dims, tuple(shapes[path].shape)) for path, dims in letters.items()}
+
+
+def _shapes(model: ModelConfig, mesh: Mesh) -> Any:
+    with jax.set_mesh(mesh):
+        return nnx.split(jax.eval_shape(lambda: Transformer(jax.random.key(0), model)))[1]
+
+
+def _on_devices(model: ModelConfig, mesh: Mesh, pieces: Iterator[Piece]) -> dict[str, Any]:
+    """The tree of parameters, of all their pieces."""
+    layout, arrays = _layout(model, mesh), dict[str, jax.Array]()
+    put = jax.jit(partial(put_layer, add=False), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        for path, slot, values in pieces:
+            dims, shape = layout[path]
+            values = np.asarray(values).astype(weight_dtype(dims, jnp.dtype(model.dtype)), copy=False)
+            place = NamedSharding(mesh, param_spec(dims))
+            piece = jax.make_array_from_callback(values.shape, place, lambda at, values=values: values[at])
+            if slot is None:
+                arrays[path] = piece
+                continue
+            if path not in arrays:
+                whole = NamedSharding(mesh, param_spec("L" + dims))
+                arrays[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
+            arrays[path] = put(arrays[path], jnp.asarray(slot, jnp.int32), piece)
+        return map_paths(lambda path, _: arrays[path], nnx.to_pure_dict(_shapes(model, mesh)))
