@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from maxlm.config_lora import LoraConfig
 from maxlm.config_model import (
     BelowOne,
     Count,
@@ -354,6 +355,7 @@ class Config(Section):
     data: DataConfig = Field(description="Token stores.")
     train: TrainConfig = Field(description="Length and batch.")
     quant: QuantConfig = Field(QuantConfig(), description="Types of products.")
+    lora: LoraConfig | None = Field(None, description="Low-rank adapters, trained in place of the weights; null: off.")
     optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
     eval: EvalConfig = Field(EvalConfig(), description="Held-out evaluation.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saves.")
@@ -377,6 +379,8 @@ class Config(Section):
             raise ValueError("train.repeats_per_scan and remat=offload both save the layers' inputs; use one of them")
         if self.mesh.stage > 1 and self.train.repeats_per_scan > 1:
             raise ValueError("train.repeats_per_scan is of runs without a pipeline; leave it at 1 or set mesh.stage=1")
+        if self.lora is not None:
+            self.lora.check(self.train.init_from or self.train.start_from, self.optim.name, self.mesh.stage)
         schedule, steps = self.optim.schedule, self.train.num_steps
         if schedule.warmup_steps + schedule.cooldown_steps > steps:
             raise ValueError(

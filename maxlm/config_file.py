@@ -119,11 +119,10 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[t
             continue
         default = "(required)" if field.is_required() else json.dumps(_plain(field.default))
         rows.append((path, _type_name(kind), default, field.description or ""))
-        item = next(
-            (a for a in getattr(kind, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), None
-        )
+        inner = getattr(kind, "__args__", ())
+        item = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), None)
         if item is not None:
-            rows += describe_fields(item, f"{path}.0.")
+            rows += describe_fields(item, f"{path}." if type(None) in inner else f"{path}.0.")
     return rows
 
 

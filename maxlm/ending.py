@@ -198,7 +198,7 @@ class Ending:
             prompt = [tokenizer.bos_id, *prompt]
         elif not prompt:  # no model has seen what comes before a document's first token
             prompt = [int(i) for i in store.read("heldout", 0, 1)]
-        params = state.get("ema", state["params"])
+        params = self.loop.program.weights(state)
         ids = sample(self.loop.program, params, prompt, config.sample_tokens, tokenizer.eos_id, SAMPLE_TEMPERATURE)
         said = tokenizer.decode([i for i in prompt if i != tokenizer.bos_id])
         text = tokenizer.decode(ids)

@@ -21,7 +21,7 @@ PREFIX = "params/"
 def read_parameters(
     checkpoints: Checkpoints, step: int, program: Program, tell: Callable[[str], None] | None = None
 ) -> Any:
-    """Verifies a checkpoint and reads its parameters onto the program's mesh, as float32.
+    """Verifies a checkpoint and reads its parameters onto the program's mesh, in the type in which it keeps them.
 
     Args:
         checkpoints: of the other run.
@@ -39,6 +39,11 @@ def read_parameters(
     known, path = checkpoints.verify(step), checkpoints.step_path(step)
     if known is None:
         raise CheckpointError(f"{path} is of an older maxlm, without a manifest; train.init_from needs one")
+    if "lora" in known.run:
+        raise CheckpointError(
+            f"{path} is of a run with lora, whose parameters are not its model; merge them with maxlm convert to-hf, "
+            "and read that with maxlm convert from-hf"
+        )
     shapes, stack = {"params": program.state_shapes["params"]}, program.stack
     saved = {p: (tuple(a.shape), a.dtype) for p, a in known.arrays.items() if p.startswith(PREFIX)}
     wanted = {p: (tuple(s.shape), str(s.dtype)) for p, s in named_leaves(shapes).items()}

@@ -150,7 +150,7 @@ class Loop:
             stoppable: what stops the run cuts it short, and it returns {}.
         """
         self.enter("evaluation", step)
-        params = state.get("ema", state["params"])
+        params = self.program.weights(state)
         sums = []
         for batch in self.feed.heldout_batches(self.config.eval.batches):
             if stoppable and self._wished() not in (None, SAVE):

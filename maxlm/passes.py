@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from maxlm.config import Config
 from maxlm.hardware import detect
 from maxlm.kernels import fused
+from maxlm.lora import adapt, adapters_of, frozen_of, use_adapted
 from maxlm.loss import Batch, Objective, Sums, cross_entropy
 from maxlm.model.dropout import Drop, dropout, keep_all
 from maxlm.model.moe import Dispatch
-from maxlm.model.stack import Aux, Ops, run_layers
+from maxlm.model.stack import Aux, Ops, UseWeight, run_layers
 from maxlm.model.summed import Summed, make_slot
 from maxlm.model.transformer import STACKS, Transformer
 from maxlm.parallel.attention import sharded_attention, zigzag_order
@@ -94,7 +95,7 @@ class Passes:
         mesh: its devices.
         graph: the model's structure, without parameters.
         shapes: its parameters as ShapeDtypeStructs.
-        dims: dimension letters of every parameter; stacked layers lead with theirs.
+        dims: dimension letters of every parameter and adapter; stacked layers lead with theirs.
         objective: what is minimized.
     """
 
@@ -134,7 +135,9 @@ class Passes:
         kernel = choose_kernel(device, train.attention, mesh.context_attention, self.config.data.segment_mask)
         experts = choose_dispatch(device, mesh.expert_dispatch, mesh.capacity_factor)
         errors = ErrorReport(*self.objective.reports.get(QUANT_ERROR, (0, 0)))
-        weight = partial(use_weight, rows.get("noise"), errors.tell)
+        weight: UseWeight = partial(use_weight, rows.get("noise"), errors.tell)
+        if self.config.lora is not None:
+            weight = partial(use_adapted, self.config.lora.scale, weight)
         return Ops(kernel, experts, self.drop(rows), weight, errors.take)
 
     def head(self, model: Transformer, x_BTD: jax.Array, rows: Batch) -> "ModelHead":
@@ -184,24 +187,28 @@ class PlainPasses(Passes):
 
     @in_precision
     def grads(self, params: Any, batch: Batch) -> tuple[Any, Sums]:
-        """Gradients of the summed objective, laid out like the parameters, and the objective's sums.
+        """Gradients of the summed objective, laid out like what is trained, and the objective's sums.
 
         Args:
-            params: float32 parameters at rest.
+            params: float32 parameters at rest; if there are adapters, these are what is trained.
             batch: [M, B, T].
         """
         train = self.config.train
         batch = self.arrange(batch, "MBS")
         held = enter_step(params, self.dims, self.dtype, train.gather == "step")
-        stacks = {name: part for name, part in held.items() if name in STACKS}
+        is_lora, trained = self.config.lora is not None, self.dims
+        stacks = {name: part for name, part in held.items() if name in STACKS and not is_lora}
         outer = {name: part for name, part in held.items() if name not in STACKS}
+        if is_lora:  # few and small: their gradients need not be summed in place
+            frozen, outer, trained = frozen_of(held), adapters_of(held), adapters_of(self.dims)
         grad_dtype = jnp.dtype(train.grad_dtype)
         dims = {name: self.dims[name] for name in stacks}
         slots = jax.tree.map(lambda w, d: make_slot(w, weight_dtype(d, grad_dtype)), stacks, dims)
 
         def objective(outer: Any, slots: Any, totals: Any, rows: Batch) -> tuple[jax.Array, Sums]:
             trees = (stacks, slots) if totals is None else (stacks, slots, totals)
-            return self._objective({**outer, **jax.tree.map(Summed, *trees)}, rows)
+            params = adapt(frozen, outer) if is_lora else {**outer, **jax.tree.map(Summed, *trees)}
+            return self._objective(params, rows)
 
         value_and_grad = jax.value_and_grad(objective, (0, 1), has_aux=True)
 
@@ -220,7 +227,7 @@ class PlainPasses(Passes):
             start = (jax.tree.map(zeros_like_gradient, slots), jax.tree.map(in_float32, outer), zeros)
             (totals, d_outer, sums), _ = jax.lax.scan(microbatch, start, batch)
         grads = {**totals, **d_outer}
-        return leave_step(grads, self.dims, self.config.optim.state_over_data), sums
+        return leave_step(grads, trained, self.config.optim.state_over_data), sums
 
     @in_precision
     def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -51,6 +51,7 @@ def identity(config: Config, data: dict[str, Any]) -> dict[str, Any]:
         "train": train,
         "optim.name": config.optim.name,
         "optim.state_dtype": config.optim.state_dtype,
+        **({} if config.lora is None else {"lora": config.lora.model_dump(mode="json")}),
     }
 
 

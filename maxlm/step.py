@@ -1,7 +1,8 @@
 """The train step: one pure, jitted, donated function of (state, batch). train, plan and bench build it here.
 
 State is a plain dict: "step" (int32, finished steps), "params" (float32), "opt" (optax state) and, when configured,
-"ema" (float32 averaged weights) and "recent" (guard.judge).
+"ema" (float32 averaged weights) and "recent" (guard.judge). With lora, "params" never change: "lora" holds what is
+trained, and "opt" and "ema" are of these.
 
 A step that is not to count, such as one with a loss that is not finite, leaves everything as it was and makes
 "step" negative (~step). So do those that follow, until someone has looked and has set it right: see loop.Loop.
@@ -19,7 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm import guard, host_state, optim
+from maxlm import guard, host_state, lora, optim
 from maxlm.compiler_options import Options, compiler_options
 from maxlm.config import Config
 from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss
@@ -46,7 +47,7 @@ class Program:
         config: the run.
         mesh: its devices, all axes Explicit.
         passes: forward and backward, plain or through a pipeline.
-        dims: dimension letters of every parameter, as the tree of parameters; stacked layers lead with theirs.
+        dims: dimension letters of everything that is trained, as its tree; stacked layers lead with theirs.
         optimizer: the optax chain.
         stack_shape: leading dims (R, P, K) of the layers' parameters in a pipeline; None without one.
         quantized: names of weights whose activations are rounded to int8, which metrics tell errors of.
@@ -66,6 +67,11 @@ class Program:
     def schedule(self) -> optax.Schedule:
         """Learning rate at a step."""
         return make_schedule(self.config.optim, self.config.train.num_steps)
+
+    @property
+    def trained(self) -> str:
+        """Name of what is trained in the state."""
+        return "params" if self.config.lora is None else "lora"
 
     @property
     def stack(self) -> Stack:
@@ -136,12 +142,12 @@ class Program:
 
     @cached_property
     def evaluate(self) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-        """(params, batch [M, B, T]) -> (sum of cross entropy in nats, number of targets)."""
+        """(weights, batch [M, B, T]) -> (sum of cross entropy in nats, number of targets)."""
         return jax.jit(self.passes.evaluate, compiler_options=self._options)
 
     @cached_property
     def grads(self) -> Any:
-        """(params, batch, step=0) -> (mean gradients, laid out where parameters are updated, and metrics)."""
+        """(weights, batch, step=0) -> (mean gradients, laid out where parameters are updated, and metrics)."""
         return jax.jit(self._grads, compiler_options=self._options)
 
     def complete(self, state: State) -> State:
@@ -150,6 +156,11 @@ class Program:
             return state
         value, place = np.asarray(guard.no_steps()), self.state_shardings[guard.RECENT]
         return {**state, guard.RECENT: jax.make_array_from_callback(value.shape, place, lambda at: value[at])}
+
+    def weights(self, state: State, averaged: bool = True) -> Any:
+        """What a state's model multiplies by: its parameters, or their average, with adapters where there are some."""
+        trained = state["ema"] if averaged and "ema" in state else state[self.trained]
+        return trained if self.trained == "params" else lora.adapt(state["params"], trained)
 
     def lower_step(self) -> Any:
         """The step lowered for this mesh without any array: `.compile()` it for its memory and its program text."""
@@ -162,26 +173,30 @@ class Program:
 
     # ---- pure functions
 
-    def next_logits(self, params: Any, rows: Batch, at: jax.Array) -> jax.Array:
+    def next_logits(self, weights: Any, rows: Batch, at: jax.Array) -> jax.Array:
         """float32 logits [V] of the token after position `at`, the mean over rows [B, T]."""
-        return self.passes.next_logits(params, rows, at)
+        return self.passes.next_logits(weights, rows, at)
 
     def _init(self, key: jax.Array) -> State:
         return self._begin(nnx.to_pure_dict(nnx.split(Transformer(key, self.config.model, self.stack_shape))[1]))
 
     def _begin(self, params: Any) -> State:
-        opt = self.optimizer.init(self._for_update(params))
-        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
+        state = {"step": jnp.zeros((), jnp.int32), "params": params}
+        if (config := self.config.lora) is not None:
+            state["params"] = jax.tree.map(lambda p: p.astype(config.base_dtype), params)
+            key = jax.random.fold_in(jax.random.key(self.config.train.seed), lora.SALT)
+            state["lora"] = lora.draw(config, key, params, self.passes.dims)
+        state["opt"] = self.optimizer.init(self._for_update(state[self.trained]))
         if self.config.optim.ema is not None:
-            state["ema"] = jax.tree.map(jnp.copy, params)  # donated buffers must not be shared
+            state["ema"] = jax.tree.map(jnp.copy, state[self.trained])  # donated buffers must not be shared
         if self.config.train.spike_sigma is not None:
             state[guard.RECENT] = guard.no_steps()
         return state
 
     def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        sums, metrics = self._sums(state["params"], batch, state["step"])
+        sums, metrics = self._sums(self.weights(state, averaged=False), batch, state["step"])
         mean = partial(_mean, metrics["targets"])
-        grads, params = jax.tree.map(mean, sums), self._for_update(state["params"])
+        grads, params = jax.tree.map(mean, sums), self._for_update(state[self.trained])
         step = state["step"]
         metrics["grad_norm"] = optim.grad_norm(grads, self.dims)
         sigma = self.config.train.spike_sigma
@@ -196,7 +211,8 @@ class Program:
         else:
             params, opt = optim.update(self.optimizer, params, state["opt"], grads, good)
         params = jax.tree.map(lambda p, d: jax.reshard(p, param_spec(d)), params, self.dims)
-        new = {"step": jnp.where(good, step + 1, jnp.minimum(step, ~step)), "params": params, "opt": opt}
+        new = {"step": jnp.where(good, step + 1, jnp.minimum(step, ~step)), "opt": opt}
+        new |= {"params": state["params"], self.trained: params}
         if self.config.optim.ema is not None:
             ema = optim.ema_update(state["ema"], params, self.config.optim.ema, step)
             new["ema"] = jax.tree.map(partial(jnp.where, good), ema, state["ema"])
@@ -206,20 +222,20 @@ class Program:
         return new, metrics
 
     def _for_update(self, tree: Any) -> Any:
-        """Parameters or gradients, laid out like the optimizer's state."""
+        """What is trained, or its gradients, laid out like the optimizer's state."""
         over_data = self.config.optim.state_over_data
         return jax.tree.map(lambda x, d: jax.reshard(x, update_spec(d, x.shape, over_data)), tree, self.dims)
 
-    def _grads(self, params: Any, batch: Batch, step: jax.typing.ArrayLike = 0) -> tuple[Any, Sums]:
+    def _grads(self, weights: Any, batch: Batch, step: jax.typing.ArrayLike = 0) -> tuple[Any, Sums]:
         """Gradient of the mean over all targets of the global batch, whatever the number of microbatches."""
-        sums, metrics = self._sums(params, batch, step)
+        sums, metrics = self._sums(weights, batch, step)
         return jax.tree.map(partial(_mean, metrics["targets"]), sums), metrics
 
-    def _sums(self, params: Any, batch: Batch, step: jax.typing.ArrayLike) -> tuple[Any, Sums]:
+    def _sums(self, weights: Any, batch: Batch, step: jax.typing.ArrayLike) -> tuple[Any, Sums]:
         """Gradients of the sum over all targets, in the type they are kept in, and metrics."""
         if self.config.train.dropout or self.config.quant.stochastic:
             batch = {**batch, "noise": self._noise(batch["tokens"].shape, step)}
-        grads, sums = self.passes.grads(params, batch)
+        grads, sums = self.passes.grads(weights, batch)
         mean = partial(_mean, sums["targets"])
         metrics = {name: x if name in COUNTS else mean(x) for name, x in sums.items()}
         return self._for_update(grads), error_metrics(metrics, self.quantized)
@@ -255,11 +271,12 @@ def build_program(config: Config, mesh: Mesh, token_loss: TokenLoss | None = Non
     graph, state = nnx.split(model)
     own, shapes = nnx.to_pure_dict(dims_of(state)), nnx.to_pure_dict(state)
     dims = jax.tree.map(lambda d, s: LEADING_DIMS[len(s.shape) - len(d)] + d, own, shapes)
-    model = config.model
-    optimizer = optim.make_optimizer(
-        config.optim, config.train.num_steps, dims, model.router_bias_rate, model.num_repeats
-    )
+    model, trained, rules, bias_rate = config.model, dims, config.optim, config.model.router_bias_rate
+    if config.lora is not None:
+        trained, bias_rate = lora.adapter_dims(config.lora, dims), 0.0
+        dims, rules = lora.adapt(dims, trained), lora.optimizer_rules(rules)
+    optimizer = optim.make_optimizer(rules, config.train.num_steps, trained, bias_rate, model.num_repeats)
     reports: dict[str, tuple[int, ...]] = {QUANT_ERROR: (model.num_layers, len(quantized))} if quantized else {}
     objective = Objective(model, config.train.z_loss, token_loss, reports)
     passes = (PlainPasses if stages == 1 else PipelinePasses)(config, mesh, graph, shapes, dims, objective)
-    return Program(config, mesh, passes, dims, optimizer, shape, tuple(quantized))
+    return Program(config, mesh, passes, trained, optimizer, shape, tuple(quantized))

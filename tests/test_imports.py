@@ -17,7 +17,8 @@ PACKAGE = ROOT / "maxlm"
 # Parts of maxlm (maxlm/<part>.py or maxlm/<part>/) that a part may import besides itself. The attention kernel, the
 # layer stack, the expert dispatch and the matmul are passed to the model; sharding is its single way down.
 MAY_IMPORT = {
-    "config": {"config_file", "config_model", "config_quant"},
+    "config": {"config_file", "config_lora", "config_model", "config_quant"},
+    "config_lora": {"config_model"},
     "config_model": {"places"},
     "config_quant": {"config_model"},
     "sharding": {"config"},
@@ -26,7 +27,18 @@ MAY_IMPORT = {
     "data": {"config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
     "convert": {
-        *("checkpoint", "config", "config_model", "fingerprint", "leaves", "manifest", "mesh", "model", "progress"),
+        *(
+            "checkpoint",
+            "config",
+            "config_lora",
+            "config_model",
+            "fingerprint",
+            "leaves",
+            "manifest",
+            "mesh",
+            "model",
+            "progress",
+        ),
         *("storage", "units"),
     },
 }

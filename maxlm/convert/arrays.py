@@ -123,17 +123,18 @@ class ArrayReader:
         dtypes: likewise.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, prefix: str = PREFIX):
         """Reads the manifest.
 
         Args:
             folder: of a step, local.
+            prefix: of the arrays' paths, if they are other ones than the parameters.
 
         Raises:
             CheckpointError: the manifest cannot be read.
         """
-        self._folder, self.manifest = folder, Manifest.read(folder)
-        records = {p.removeprefix(PREFIX): a for p, a in self.manifest.arrays.items() if p.startswith(PREFIX)}
+        self._folder, self._prefix, self.manifest = folder, prefix, Manifest.read(folder)
+        records = {p.removeprefix(prefix): a for p, a in self.manifest.arrays.items() if p.startswith(prefix)}
         self.shapes = {path: tuple(record.shape) for path, record in records.items()}
         self.dtypes = {path: record.dtype for path, record in records.items()}
         self._wanted = {path: record.fingerprint for path, record in records.items()}
@@ -181,7 +182,9 @@ class ArrayReader:
                 if slot not in self._seen[path]:
                     self.read(path, slot)
             if self._prints[path].text() != self._wanted[path]:
-                raise DamagedError(f"{self._folder} is damaged: array {PREFIX}{path} is not the one that was saved")
+                raise DamagedError(
+                    f"{self._folder} is damaged: array {self._prefix}{path} is not the one that was saved"
+                )
 
     def _mapped(self, path: str, slot: Shape) -> np.ndarray | None:
         """A share that is one plain file, as ArrayWriter writes it: in place, without a copy."""
@@ -193,7 +196,7 @@ class ArrayReader:
         return np.memmap(os.path.join(self._folder, name), dtype, "r", shape=own)
 
     def _opened(self, path: str) -> Any:
-        name, folder = f"{PREFIX}{path}".replace("/", "."), os.path.abspath(self._folder)
+        name, folder = f"{self._prefix}{path}".replace("/", "."), os.path.abspath(self._folder)
         if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
             place: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
         else:

@@ -26,6 +26,7 @@ from maxlm.convert.arrays import DTYPES, ArrayReader, ArrayWriter, dtype_of
 from maxlm.convert.families import FAMILIES, Family, FamilyError, family_for, family_of
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import Entry, Part, check_tensors, entries, parameters
+from maxlm.convert.merged import open_arrays
 from maxlm.convert.parallel import run_all
 from maxlm.convert.safetensors import Folder
 from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
@@ -211,6 +212,8 @@ def to_hf(
 ) -> Converted:
     """Converts a checkpoint, of any mesh or pipeline, into a folder of safetensors that transformers loads.
 
+    Of a run with lora, what the adapters add is in the weights: the sums are float32, before the cast to dtype.
+
     Args:
         run: folder of a run, or of what from_hf wrote.
         out: the new folder.
@@ -229,7 +232,7 @@ def to_hf(
         FamilyError, ConvertError: no family has such a model; out is there already.
         OSError: something cannot be read or written.
     """
-    reader = ArrayReader(_step_folder(run, step))
+    reader = open_arrays(_step_folder(run, step))
     model = saved_model(reader, run)
     beside = _beside(run, like)
     family, tree = _their_config(model, beside)
