@@ -127,7 +127,7 @@ def _measured(
         first_step_s = first_step_s or process_age_s()
     median, chip = statistics.median(times[-steps:]), detect(program.mesh.devices.flat[0])
     tokens_per_s, peak = config.train.tokens_per_step / median, chip.peak(config.model.dtype) if chip else None
-    per_token = flops.train_flops_per_token(config.model, config.train.seq_len)
+    per_token = program.flops_per_token
     statistics_of_device = program.mesh.local_devices[0].memory_stats() or {}
     result = {
         "init_s": init_s,

@@ -32,7 +32,7 @@ def cost_of(program: Program, compiled: Any) -> dict[str, Any]:
     Returns:
         Bytes: arguments_bytes (state and batch), heap_bytes (peak without them), host_bytes (on the host), hbm_bytes
         (of the chip, None where unknown). Work: matmul_flops (of the program, without kernels; None on a GPU, where
-        they are library calls), model_flops (flops.train_flops_per_token), kernel_flops (attention and experts in
+        they are library calls), model_flops (Program.flops_per_token), kernel_flops (attention and experts in
         Pallas kernels, counted from the model). TPU only, else None: cycles (estimated), kernel_cycles (the part of
         kernels), step_time_s (those cycles), roofline_cycles (model_flops at the peak), share_of_roofline.
         collectives: dicts of kind, axes, dtype, times and bytes.
@@ -40,7 +40,7 @@ def cost_of(program: Program, compiled: Any) -> dict[str, Any]:
     memory, text, config = compiled.memory_analysis(), compiled.as_text(), program.config
     chip, num_devices = detect(program.mesh.devices.flat[0]), program.mesh.size
     tokens = config.train.tokens_per_step / num_devices
-    model_flops = flops.train_flops_per_token(config.model, config.train.seq_len) * tokens
+    model_flops = program.flops_per_token * tokens
     found = hlo.operations(text)
     kernels = [op for op in found if op.cycles is None]
     attention_flops = _attention_flops(program) if any("splash" in op.source for op in kernels) else 0.0

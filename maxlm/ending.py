@@ -36,20 +36,22 @@ def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
 
     Returns:
         params (count), flops_per_token, peak_flops (FLOP/s of all devices, None where unknown), mesh, num_devices,
-        device_kind, bytes_per_device (state: weights and optimizer), advice (on quantized products, None for none).
+        device_kind, bytes_per_device (state: weights and optimizer), advice (on quantized products, None for none),
+        adapters (count of their weights, None without lora).
     """
     config, device = program.config, program.mesh.devices.flat[0]
     chip = detect(device)
     peak = chip.peak(config.model.dtype) if chip else None
     return {
         "params": flops.num_params(config.model)["total_unpadded"],
-        "flops_per_token": flops.train_flops_per_token(config.model, config.train.seq_len),
+        "flops_per_token": program.flops_per_token,
         "peak_flops": peak * program.mesh.size if peak else None,
         "mesh": sizes,
         "num_devices": program.mesh.size,
         "device_kind": device.device_kind,
         "bytes_per_device": bytes_per_device(program.state_shapes),
         "advice": advice(config.quant, chip),
+        "adapters": program.num_adapters,
     }
 
 
@@ -65,19 +67,22 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
     tokens = (train.num_steps - first) * train.tokens_per_step
     mesh = mesh_text(run_facts["mesh"])
     chunks = f" in {train.grad_accum} microbatches" if train.grad_accum > 1 else ""
+    at_rest = "float32" if config.lora is None else config.lora.base_dtype
+    updates = "" if at_rest == "float32" else "float32 "
     rows = {
         "run": f"{folder.path}" + (f", continued after step {first}" if first else ""),
         "parameters": units.count(run_facts["params"]),
+        "adapters": None if config.lora is None else f"{units.count(run_facts['adapters'])}, which alone are trained",
         "batch": f"{train.batch_size} x {train.seq_len} = {units.count(train.tokens_per_step)} tokens{chunks}",
         "length": f"steps {first + 1} to {train.num_steps}: {units.count(tokens)} tokens",
         "model FLOPs": f"{units.count(run_facts['flops_per_token'] * tokens)} in all, "
         f"{units.count(run_facts['flops_per_token'])} per token",
         "mesh": f"{mesh} on {run_facts['num_devices']} {run_facts['device_kind']} devices",
-        "state": f"{units.size(run_facts['bytes_per_device'])} per device (float32 weights, {config.optim.name} state"
+        "state": f"{units.size(run_facts['bytes_per_device'])} per device ({at_rest} weights, {config.optim.name} state"
         f"{'' if config.optim.state_dtype == 'float32' else ' in ' + config.optim.state_dtype}"
         f"{' on the host' if config.optim.state_on_host else ''})",
         "held-out": _missing_heldout(source, train.seq_len),
-        "precision": f"{config.model.dtype} compute{_products(config)}, float32 weights, updates and loss",
+        "precision": f"{config.model.dtype} compute{_products(config)}, {at_rest} weights, {updates}updates and loss",
         "note": run_facts["advice"],
     }
     loop.progress.note(summary_table(rows))

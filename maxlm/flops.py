@@ -5,6 +5,7 @@ hardware happens to do.
 - A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass. So a matrix costs 6 per weight and token.
 - Attention is counted as causal: a query of a sequence of T sees T / 2 keys on average; in a layer with a sliding
   window of W keys it sees W - W**2 / (2 T).
+- With adapters (maxlm/lora.py) a frozen matrix costs 4 per weight and token, for it has no gradient.
 - Of a layer's experts a token pays for those it visits, shared ones included, and for the router.
 - Not counted: what rematerialization computes again, the embedding lookup, padding of the vocabulary, biases, norms,
   activations, softmax, and that packed documents do not see each other.
@@ -62,12 +63,14 @@ def num_params(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def train_flops_per_token(model: ModelConfig, seq_len: int, adapters: int | None = None) -> float:
     """Model FLOPs of one token's forward and backward pass, by the convention above.
 
     Args:
         model: the model.
         seq_len: tokens per sequence; attention grows with it.
+        adapters: number of weights of adapters, if these alone are trained: the others' gradients are not computed,
+            which is a third of their FLOPs.
 
     Returns:
         FLOPs per token.
@@ -77,7 +80,8 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     weights += (model.num_layers - moe_layers) * _mlp_weights(model, model.d_ff)
     weights += moe_layers * visited * _mlp_weights(model, model.expert_width)
     weights += moe_layers * model.d_model * (model.num_experts or 0)  # the router
-    return 6 * weights + attention_flops_per_token(model, seq_len)
+    of_weights = 6 * weights if adapters is None else 4 * weights + 6 * adapters
+    return of_weights + attention_flops_per_token(model, seq_len)
 
 
 def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxlm import guard, host_state, lora, optim
 from maxlm.compiler_options import Options, compiler_options
 from maxlm.config import Config
+from maxlm.flops import train_flops_per_token
 from maxlm.loss import BATCH, Batch, Objective, Sums, TokenLoss
 from maxlm.model.param import dims_of
 from maxlm.model.stack import LEADING_DIMS
@@ -72,6 +73,16 @@ class Program:
     def trained(self) -> str:
         """Name of what is trained in the state."""
         return "params" if self.config.lora is None else "lora"
+
+    @cached_property
+    def num_adapters(self) -> int | None:
+        """Number of weights of adapters; None where the parameters are trained."""
+        return None if self.trained == "params" else sum(x.size for x in jax.tree.leaves(self.state_shapes["lora"]))
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a token's forward and backward pass (flops.train_flops_per_token)."""
+        return train_flops_per_token(self.config.model, self.config.train.seq_len, self.num_adapters)
 
     @property
     def stack(self) -> Stack:

@@ -15,6 +15,7 @@ from maxlm.config_file import ConfigError
 from maxlm.convert.convert import from_hf, to_hf
 from maxlm.data.build import build_store
 from maxlm.ending import bytes_per_device
+from maxlm.flops import attention_flops_per_token
 from maxlm.init_from import read_parameters
 from maxlm.mesh import make_mesh
 from maxlm.step import build_program
@@ -120,6 +121,47 @@ def test_only_adapters_change_and_only_they_have_optimizer_state(name):
         assert sizes[1] < 0.5 * sizes[0], "at rank 4 of a model of width 20"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optim", [{"state_on_host": True}, {"state_over_data": True, "state_dtype": "bfloat16"}], ids=str
+)
+def test_the_state_may_rest_elsewhere(optim):
+    config = lora_config(optim=optim)
+    losses = []
+    for program in (program_on(lora_config()), program_on(config, data=2, fsdp=2)):
+        with jax.set_mesh(program.mesh):
+            state = program.init(jax.random.key(0))
+            placed = {k: jax.device_put(v, program.batch_sharding) for k, v in random_batch(config).items()}
+            losses.append([])
+            for _ in range(3):
+                state, metrics = program.step(state, placed)
+                losses[-1].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3 if "state_dtype" in optim else 1e-5)
+
+
+@pytest.mark.slow
+def test_frozen_weights_may_multiply_in_int8():
+    config = lora_config(quant={"mode": "int8", "rounding": "nearest"})
+    one = program_on(config)
+    weights, batch = random_weights(one), random_batch(config)
+    loss, grads = lora_loss_and_grads(one, weights, batch)
+    loss_on, grads_on = lora_loss_and_grads(program_on(config, data=2, fsdp=2, tensor=2), weights, batch)
+    exact, exact_grads = lora_loss_and_grads(program_on(lora_config()), weights, batch)
+    assert loss_on == pytest.approx(loss, rel=1e-3)
+    assert loss == pytest.approx(exact, rel=2e-2)
+    for some in (grads, grads_on):
+        for g, want in zip(jax.tree.leaves(some), jax.tree.leaves(exact_grads), strict=True):
+            assert np.linalg.norm(g - want) < 0.2 * np.linalg.norm(want)
+
+
+def test_flops_are_those_of_forward_passes_and_of_gradients_that_are_made():
+    plain, program = program_on(small_config()), program_on(lora_config({"targets": ["mlp.down"]}))
+    assert program.num_adapters == 3 * RANK * (28 + 20)
+    of_attention = attention_flops_per_token(plain.config.model, 12)
+    of_weights = plain.flops_per_token - of_attention
+    assert program.flops_per_token == of_weights * 4 / 6 + of_attention + 6 * program.num_adapters
+
+
 def test_a_new_adapter_adds_nothing():
     config = lora_config(model={"num_kv_heads": 2})
     program, plain, batch = program_on(config), program_on(small_config()), random_batch(config)
@@ -197,7 +239,7 @@ def run_config(tmp_path, store, name, **sections):
         "data": {"stores": [{"path": store}]},
         "train": {"steps": 4, "batch_size": 8, "seq_len": 32, "compilation_cache": None},
         "optim": {"learning_rate": 1e-2, "schedule": {"name": "constant"}},
-        "eval": {"batches": 2, "sample_tokens": 0},
+        "eval": {"batches": 2, "sample_tokens": 2},
         "checkpoint": {"every": 2},
     }
     return maxlm.parse_config(tree | {k: {**tree.get(k, {}), **v} for k, v in sections.items()})
