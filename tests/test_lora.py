@@ -1,5 +1,6 @@
 """Adapters: the gradients of their definition on any mesh, weights that stay as they are, exact resumes, exports."""
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from maxlm.data.build import build_store
 from maxlm.ending import bytes_per_device
 from maxlm.flops import attention_flops_per_token
 from maxlm.init_from import read_parameters
+from maxlm.manifest import DamagedError, Manifest
 from maxlm.mesh import make_mesh
+from maxlm.run_folder import identity
 from maxlm.step import build_program
 
 ALPHA, RANK = 8.0, 4
@@ -219,7 +222,48 @@ def test_a_target_that_matches_nothing_is_refused(target, words):
         program_on(lora_config({"targets": ["mlp.up", target]}))
 
 
-# ---- whole runs
+# ---- exports and whole runs
+
+
+def read_back(folder, program):
+    """Host parameters of a Hugging Face folder, by way of a conversion beside it."""
+    from_hf(f"{folder}", f"{folder}-back")
+    with contextlib.closing(Checkpoints(f"{folder}-back", CheckpointConfig(), read_only=True)) as other:
+        return jax.device_get(read_parameters(other, 0, program))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_the_merged_model(dtype, tmp_path):
+    model = {"vocab_multiple": 128, "tie_embeddings": True}
+    config = lora_config({"base_dtype": dtype}, model=model)
+    program, plain = program_on(config, fsdp=2, tensor=2), program_on(small_config(model={**MODEL, **model}))
+    weights = random_weights(program)
+    weights["params"] = jax.tree.map(lambda x: x.astype(dtype), weights["params"])
+    padding = weights["params"]["embed"][config.model.vocab_size :]
+    padding[:] = 0  # is not exported
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(0))
+        state |= jax.tree.map(jax.device_put, weights, {name: program.state_shardings[name] for name in weights})
+        with contextlib.closing(Checkpoints(f"{tmp_path}/run", CheckpointConfig(), run=identity(config, {}))) as mine:
+            mine.save(3, state)
+            mine.wait()
+    to_hf(f"{tmp_path}/run", f"{tmp_path}/hf", dtype="float32", verify=True)
+    weights = jax.tree.map(lambda x: x.astype(np.float32), weights)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, read_back(tmp_path / "hf", plain), merged(weights))
+
+    step = f"{tmp_path}/run/checkpoints/3"
+    saved = Manifest.read(step)
+    name = "lora/layers/0/attention/q/a"
+    other = saved.arrays[name]._replace(fingerprint=saved.arrays[f"{name[:-1]}b"].fingerprint)
+    for changed, error, words in [
+        ({"run": {**saved.run, "lora": None}}, CheckpointError, "does not say what its adapters are"),
+        ({"run": {**saved.run, "lora": {"rank": 2}}}, CheckpointError, "has adapters"),
+        ({"arrays": {**saved.arrays, name: other}}, DamagedError, f"array {name} is not the one"),
+    ]:
+        saved.model_copy(update=changed).write(step)
+        with pytest.raises(error, match=words):
+            to_hf(f"{tmp_path}/run", f"{tmp_path}/no")
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +319,7 @@ def test_a_run_resumes_exactly_and_exports_what_it_trained(tmp_path, store):
     with pytest.raises(CheckpointError, match="is of a run with lora, .* merge them with maxlm convert to-hf"):
         maxlm.train(run_config(tmp_path, store, "other", train={"init_from": f"{tmp_path}/whole"}))
     to_hf(f"{tmp_path}/whole", f"{tmp_path}/hf", verify=True)
-    from_hf(f"{tmp_path}/hf", f"{tmp_path}/back")
-    other = Checkpoints(f"{tmp_path}/back", CheckpointConfig(), read_only=True)
-    plain = build_program(run_config(tmp_path, store, "plain"), program.mesh)
-    params = jax.device_get(read_parameters(other, 0, plain))
-    other.close()
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731
+    params = read_back(tmp_path / "hf", build_program(run_config(tmp_path, store, "plain"), program.mesh))
     want = merged({name: state[name] for name in ("params", "lora")})
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, params["layers"], want["layers"])
