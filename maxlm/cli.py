@@ -27,6 +27,7 @@ EPILOG = """examples:
   maxlm supervise -- train configs/1b.yaml                start again after crashes and hangs
   maxlm checkpoint verify runs/a                          are its checkpoints what was saved
   maxlm convert from-hf Llama-3.1-8B models/llama         a Hugging Face folder to a checkpoint; to-hf goes back
+  maxlm generate models/llama "Once upon a time"          continue a text
 """
 
 
@@ -111,10 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm import checkpoint_cli, supervise
     from maxlm.convert import cli as convert_cli
     from maxlm.data import cli as data_cli
+    from maxlm.infer import cli as infer_cli
 
     data_cli.add_parser(commands)
     checkpoint_cli.add_parser(commands)
     convert_cli.add_parser(commands)
+    infer_cli.add_parser(commands)
     supervise.add_parser(commands)
     return parser
 

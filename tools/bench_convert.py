@@ -87,7 +87,7 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each tensor."""
     source = Folder(str(folder))
     try:
-        return {name: hashlib.sha256(source.read(name).view(np.uint8)).hexdigest() for name in source.tensors}
+        return {name: hashlib.sha256(source.read(name).tobytes()).hexdigest() for name in source.tensors}
     finally:
         source.close()
 

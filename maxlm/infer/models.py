@@ -23,8 +23,8 @@ from maxlm.checkpoint import Checkpoints
 from maxlm.config import CheckpointConfig, MeshConfig, ModelConfig
 from maxlm.config_file import load_config
 from maxlm.convert import folders
-from maxlm.convert.arrays import ArrayReader
 from maxlm.convert.convert import accounted, check_arrays, saved_model
+from maxlm.convert.merged import open_arrays
 from maxlm.convert.safetensors import Folder
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
@@ -57,6 +57,7 @@ class OpenModel:
         mesh: its devices.
         context: tokens that it was trained on at a time.
         eos_ids: tokens that end a text, as far as its files say.
+        folder: of its Hugging Face files (tokenizer, chat template, generation config), if it has them.
         load_tokenizer: reads its tokenizer.
     """
 
@@ -66,6 +67,7 @@ class OpenModel:
     mesh: Mesh
     context: int
     eos_ids: tuple[int, ...]
+    folder: str | None
     load_tokenizer: Callable[[], Tokenizer]
 
     @cached_property
@@ -157,7 +159,7 @@ def _opened_hf(
         except ValueError as error:
             raise ModelError(f"tokenizer {path}: {error}") from None
 
-    return OpenModel(place, model, params, mesh, context, eos_ids, tokenizer)
+    return OpenModel(place, model, params, mesh, context, eos_ids, folder, tokenizer)
 
 
 def _open_run(folder: str, wanted: int | None, config: MeshConfig, dtype: Dtype) -> OpenModel:
@@ -182,7 +184,7 @@ def _open_run(folder: str, wanted: int | None, config: MeshConfig, dtype: Dtype)
         return _opened_hf(place, beside, model, params, mesh, folders.read_config(beside))
     train = run.get("train")
     context = train.get("seq_len", FEW_TOKENS) if isinstance(train, dict) else FEW_TOKENS
-    return OpenModel(place, model, params, mesh, context, (), partial(_store_tokenizer, folder))
+    return OpenModel(place, model, params, mesh, context, (), None, partial(_store_tokenizer, folder))
 
 
 def _read_checkpoint(
@@ -190,7 +192,7 @@ def _read_checkpoint(
 ) -> tuple[ModelConfig, dict[str, Any], Mesh, Mapping[str, Any]]:
     if checkpoints.manifest(step) is None:
         raise CheckpointError(f"{checkpoints.step_path(step)} is of an older maxlm: continue the run to save anew")
-    reader = ArrayReader(checkpoints.step_path(step))
+    reader = open_arrays(checkpoints.step_path(step))
     model = saved_model(reader, folder)
     check_arrays(reader, model, folder)
     leading = dict[str, int]()

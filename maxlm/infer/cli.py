@@ -1,0 +1,196 @@
+"""`maxlm generate`: continues prompts on the terminal."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bfloat16", "float32")
+EXAMPLES = """examples:
+  maxlm generate runs/quickstart "The harbour"                    continue a text
+  maxlm generate Llama-3.2-1B-Instruct/ --chat "Why is the sky blue?" --max-tokens 200
+  maxlm generate models/llama --file prompts.jsonl --json > out.jsonl
+  maxlm generate Llama-3.1-8B/ "Once" --mesh tensor=4 --temperature 0.8 --top-p 0.95 --seed 7
+  echo "Dear reader," | maxlm generate runs/a@2000 --stop "\\n\\n"
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `generate`; it sets `run`."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue prompts with a run's, a converted or a Hugging Face model",
+        description="Continues prompts with a model, in batches, with a cache of keys and values.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_generate)
+    parser.add_argument("model", metavar="MODEL", help="run folder (RUN or RUN@STEP), converted or Hugging Face folder")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts; without any and --file: standard input")
+    parser.add_argument("--file", metavar="FILE", help='.jsonl of {"prompt": text} or {"messages": [...]}, or one text')
+    parser.add_argument("--chat", action="store_true", help="prompts are a user's messages; use the model's template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message ahead of them (with --chat)")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of a continuation, at most (256)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="0: the likeliest tokens (the model's own, or 0)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=float, metavar="X", help="draw from the likeliest whose chances reach X; 1: all"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help="and that have X of the likeliest one's chance; 0: all"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text (\\n is understood)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts at a time (8)")
+    parser.add_argument("--mesh", default="", metavar="AXES", help="as tensor=4 or data=2,tensor=2 (fsdp=-1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and computation (float32 on CPUs, else bfloat16)")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON object per prompt, in the order they are done"
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    _check(args)
+    requests = _requests(args)
+    from maxlm.infer.generate import Generator
+    from maxlm.infer.model_text import ModelText
+    from maxlm.infer.models import open_model
+    from maxlm.infer.texts import Options, continue_texts
+
+    opened = open_model(args.model, _mesh(args.mesh), args.dtype or _dtype())
+    text = ModelText.of(opened)
+    stop = tuple(stop.replace("\\n", "\n") for stop in args.stop)
+    options = Options(args.max_tokens, _sampling(args, opened.folder), stop, args.seed, args.batch)
+    prompts = [_encoded(request, args, opened.folder, text) for request in requests]
+    generator = Generator(opened.model, opened.params, opened.mesh)
+    shown = _Shown(args, requests)
+    start, num_tokens = time.perf_counter(), 0
+    for done in continue_texts(generator, text.decode, text.eos_ids, prompts, options, shown.piece):
+        num_tokens += len(done.ids)
+        shown.done(done)
+    seconds = time.perf_counter() - start
+    print(
+        f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s with compilation",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("max_tokens", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} must be a count from 1")
+    if not -(2**31) <= args.seed < 2**31:
+        raise ValueError(f"--seed={args.seed} must be below 2**31")
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message, so it needs --chat")
+    if args.file and args.prompts:
+        raise ValueError("prompts are given and in --file too; leave one of them out")
+    if "" in args.stop:
+        raise ValueError("--stop is an empty text, which would end everything at once")
+
+
+def _requests(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """{"prompt": text} or {"messages": [...]} of each."""
+    if args.prompts:
+        return [{"prompt": prompt} for prompt in args.prompts]
+    if not args.file:
+        return [{"prompt": sys.stdin.read().rstrip("\n")}]
+    path = Path(args.file)
+    try:
+        data = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--file {path} does not exist") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--file {path} is not UTF-8 text") from None
+    if path.suffix != ".jsonl":
+        return [{"prompt": data.rstrip("\n")}]
+    found = [_request(path, i, line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
+    if not found:
+        raise ValueError(f"--file {path} has no prompt")
+    return found
+
+
+def _request(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}, line {number}: not a JSON object") from None
+    if isinstance(found, dict):
+        if isinstance(found.get("prompt"), str):
+            return {"prompt": found["prompt"]}
+        if isinstance(found.get("messages"), list) and found["messages"]:
+            return {"messages": found["messages"]}
+    raise ValueError(f'{path}, line {number}: {{"prompt": text}} or {{"messages": [...]}} belongs there')
+
+
+def _mesh(axes: str) -> Any:
+    """MeshConfig of such as "data=2,tensor=2"."""
+    from maxlm.config import AXES, MeshConfig
+
+    sizes = dict[str, int]()
+    for part in filter(None, axes.split(",")):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or not size.removeprefix("-").isdecimal():
+            raise ValueError(f"--mesh={axes}: {part!r} is not AXIS=SIZE with an axis of {', '.join(AXES)}")
+        sizes[name] = int(size)
+    return MeshConfig.model_validate({**({"fsdp": 1} if sizes and -1 not in sizes.values() else {}), **sizes})
+
+
+def _dtype() -> Any:
+    """CPUs have no products of bfloat16 worth the name."""
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _encoded(request: dict[str, Any], args: argparse.Namespace, folder: str | None, text: Any) -> list[int]:
+    messages = request.get("messages")
+    if messages is None and not args.chat:
+        return text.encode(request["prompt"])
+    from maxlm.chat import ChatTemplate
+
+    if messages is None:
+        messages = [{"role": "user", "content": request["prompt"]}]
+    if args.system is not None:
+        messages = [{"role": "system", "content": args.system}, *messages]
+    if folder is None:
+        raise ValueError(f"{args.model} has no chat template; leave out --chat and messages")
+    return text.encode(ChatTemplate.read(folder).render(messages, add_generation_prompt=True), as_document=False)
+
+
+def _sampling(args: argparse.Namespace, folder: str | None) -> Any:
+    from maxlm.infer.model_text import read_sampling
+    from maxlm.infer.sampling import Sampling
+
+    given = {n: v for n in ("temperature", "top_k", "top_p", "min_p") if (v := getattr(args, n)) is not None}
+    own = read_sampling(folder) if folder else Sampling()
+    if own.temperature == 0 and "temperature" not in given and given:
+        given["temperature"] = 1.0  # who sets --top-p wants tokens to be drawn
+    return replace(own, **given)
+
+
+class _Shown:
+    """What is printed: one text as it grows, of several each when it is done."""
+
+    def __init__(self, args: argparse.Namespace, requests: list[dict[str, Any]]):
+        self._json, self._requests, self._grows = args.json, requests, len(requests) == 1 and not args.json
+
+    def piece(self, number: int, piece: str) -> None:
+        if self._grows:
+            print(piece, end="", flush=True)
+
+    def done(self, done: Any) -> None:
+        request = self._requests[done.number]
+        if self._json:
+            row = {**request, "number": done.number, "text": done.text, "tokens": len(done.ids)}
+            print(json.dumps({**row, "ended_by": done.ended_by}, ensure_ascii=False), flush=True)
+        elif self._grows:
+            print()
+        else:
+            print(f"--- {done.number + 1}: {request.get('prompt', '')}\n{done.text}", flush=True)
