@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "sharding": {"config"},
     "kernels": {"quant", "sharding"},
     "model": {"config", "sharding"},
-    "data": {"config", "config_file", "places", "sharding", "storage"},
+    "data": {"chat", "config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
     "convert": {
         *(

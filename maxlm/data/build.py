@@ -27,9 +27,10 @@ import numpy as np
 from maxlm import places, storage
 from maxlm.config import DataConfig
 from maxlm.data import sources
+from maxlm.data.chats import Chats, load_chats
 from maxlm.data.sources import DataError, Document, Source
-from maxlm.data.store import FORMAT, MANIFEST, SHARD_BYTES, SPLITS, is_complete
-from maxlm.data.tokenizer import FILE_NAMES, Tokenizer, load_tokenizer
+from maxlm.data.store import CHAT_FORMAT, FORMAT, MANIFEST, SHARD_BYTES, SPLITS, is_complete
+from maxlm.data.tokenizer import FILE_NAMES, LEARNED, Tokenizer, load_tokenizer
 from maxlm.data.worker import WorkerPool, encode_part, token_dtype
 
 PART_CHARS = 4_000_000
@@ -52,6 +53,7 @@ def build_store(
     eos: str | None = None,
     bos: str | None = None,
     overwrite: bool = False,
+    chat: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Builds a token store, or continues a build that was interrupted.
@@ -67,6 +69,8 @@ def build_store(
         eos: token that ends documents, if it has none of the usual names.
         bos: token that begins documents; None looks for the usual names, "none" means none.
         overwrite: replace a complete store; it stays whole until the new one is ready.
+        chat: folder with tokenizer.json (used in place of tokenizer) and chat template; the texts are then .jsonl files
+            of conversations, of which what the assistant says is learned. eos defaults to its eos_token.
         progress: called from this thread now and then.
 
     Returns:
@@ -83,14 +87,20 @@ def build_store(
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} cannot tokenize; use 1 or more")
     _check_target(out, overwrite)
-    model = load_tokenizer(tokenizer, eos, bos)
+    chats = None
+    if chat is None:
+        model = load_tokenizer(tokenizer, eos, bos)
+    else:
+        model, chats = load_chats(chat, eos, bos)
     files = sources.expand(texts)
     report = progress or (lambda stage, done, total: None)
     staging = _staging_folder(out)
     with _only_builder(staging, out):
-        reader = _Reader(files, text_field, model)
+        reader = _Reader(files, text_field, model, chats)
         parts = _tokenize(reader, model, staging, workers or _num_cores(), report)
-        options = {"heldout": heldout, "text_field": text_field}
+        options: dict[str, Any] = {"heldout": heldout, "text_field": text_field}
+        if chats:
+            options["skipped"] = dict(chats.skipped)
         manifest = _assemble(out, parts, model, options, reader.manifest, report)
     storage.remove_tree(staging)
     return manifest
@@ -132,6 +142,7 @@ class _Reader:
     files: list[Source]
     text_field: str
     tokenizer: Tokenizer
+    chats: Chats | None = None
     manifest: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -144,7 +155,8 @@ class _Reader:
         for file in self.files:
             self.manifest.append({"name": file.name, "num_bytes": file.num_bytes, "sha256": file.sha256()})
             inside = 0
-            for document in sources.read_documents(file, self.text_field):
+            found = self.chats.documents(file) if self.chats else sources.read_documents(file, self.text_field)
+            for document in found:
                 documents.append(document)
                 chars += len(document.text)
                 inside += len(document.text)
@@ -157,7 +169,8 @@ class _Reader:
             yield self._part(index, documents, finished)
         elif index == 0:
             names = ", ".join(file.name for file in self.files[:3])
-            raise DataError(f"there is no text in {names}{' ...' if len(self.files) > 3 else ''}")
+            skipped = f" but what is skipped ({self.chats.describe()})" if self.chats and self.chats.skipped else ""
+            raise DataError(f"there is no text in {names}{' ...' if len(self.files) > 3 else ''}{skipped}")
 
     def _part(self, index: int, documents: list[Document], source_bytes: int) -> _Part:
         digest = hashlib.blake2b(json.dumps([FORMAT, self.tokenizer.identity()]).encode(), digest_size=16)
@@ -165,6 +178,8 @@ class _Reader:
             data = document.text.encode()
             digest.update(b"%d %d " % (len(data), document.replaced_bytes))
             digest.update(data)
+            if document.spans is not None:
+                digest.update(json.dumps(document.spans).encode())
         return _Part(f"{index:06d}-{digest.hexdigest()}.npz", documents, source_bytes)
 
 
@@ -222,6 +237,8 @@ class _SplitWriter:
         self.counts["num_documents"] += len(num_bytes)
         self.counts["num_bytes"] += int(num_bytes.sum())
         self.counts["replaced_bytes"] += int(replaced.sum())
+        if "num_learned" in self.counts:
+            self.counts["num_learned"] += int((tokens >= LEARNED).sum())
         data = tokens.tobytes()
         self._digest.update(data)
         self._buffer += data
@@ -254,7 +271,12 @@ def _assemble(
     names = [*map(os.path.basename, parts), json.dumps(options)]
     build = hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
     threshold = _heldout_below(parts, options["heldout"])
-    writers = {split: _SplitWriter(out, f"{split}-{build}", token_dtype(model.vocab_size)) for split in SPLITS}
+    chat = "skipped" in options
+    dtype = np.dtype("<u4") if chat else token_dtype(model.vocab_size)
+    writers = {split: _SplitWriter(out, f"{split}-{build}", dtype) for split in SPLITS}
+    if chat:
+        for writer in writers.values():
+            writer.counts["num_learned"] = 0
     total, done = sum(map(os.path.getsize, parts)), 0
     for path in parts:
         with np.load(path) as part:
@@ -269,9 +291,9 @@ def _assemble(
         entry["file"] = f"tokenizer-{entry['sha256'][:16]}{os.path.splitext(FILE_NAMES[model.kind])[1]}"
         storage.write_bytes(storage.join(out, entry["file"]), model.data)
     manifest = {
-        "format": FORMAT,
+        "format": CHAT_FORMAT if chat else FORMAT,
         "tokenizer": entry,
-        "dtype": token_dtype(model.vocab_size).name,
+        "dtype": dtype.name,
         "options": options,
         "splits": {split: writer.finish() for split, writer in writers.items()},
         "sources": source_entries,

@@ -22,6 +22,7 @@ _BUILD_EXAMPLES = """\
 examples:
   maxlm data build corpus/ --out data/corpus
   maxlm data build "web/*.jsonl.zst" --text-field content --tokenizer tokenizer.json --out gs://bucket/web
+  maxlm data build chats.jsonl --chat models/llama --out data/chats      # conversations, to fine-tune on the answers
   maxlm data build python:stdlib --out /tmp/py          # needs no download: Python's own source code
 
 A build that is interrupted continues when the same command is run again, and gives the same bytes.
@@ -79,6 +80,12 @@ def _add_build(commands: Any) -> None:
         help="byte (default; 256 bytes and one end token), a tokenizer.json, or a SentencePiece .model",
     )
     parser.add_argument(
+        "--chat",
+        metavar="FOLDER",
+        help='TEXT are .jsonl files of conversations, {"messages": [{"role": ..., "content": ...}, ...]} per line, '
+        "written by the chat template and tokenizer.json of this folder (Hugging Face, or maxlm convert from-hf)",
+    )
+    parser.add_argument(
         "--heldout", type=float, default=0.01, metavar="SHARE", help="share of documents kept for evaluation (0.01)"
     )
     parser.add_argument(
@@ -126,6 +133,7 @@ def _build(args: argparse.Namespace) -> int:
             eos=args.eos,
             bos=args.bos,
             overwrite=args.overwrite,
+            chat=args.chat,
             progress=progress,
         )
     if args.json:
@@ -184,10 +192,13 @@ def _summary(path: str, manifest: dict[str, Any]) -> str:
     for split, counts in manifest["splits"].items():
         ratio = f", {counts['num_bytes'] / counts['num_tokens']:.2f} bytes per token" if counts["num_tokens"] else ""
         replaced = f", {counts['replaced_bytes']:,} invalid bytes replaced" if counts["replaced_bytes"] else ""
+        learned = f", {counts['num_learned']:,} learned" if counts.get("num_learned") is not None else ""
         lines.append(
             f"  {split:9}  {counts['num_tokens']:,} tokens in {counts['num_documents']:,} documents, "
-            f"{_size(counts['num_bytes'])} of text{ratio}{replaced}"
+            f"{_size(counts['num_bytes'])} of text{ratio}{replaced}{learned}"
         )
+    if skipped := manifest["options"].get("skipped"):
+        lines.append("  skipped    " + ", ".join(f"{count:,}: {reason}" for reason, count in skipped.items()))
     if manifest["options"]["heldout"] > 0 and not manifest["splits"]["heldout"]["num_tokens"]:
         lines.append("             nothing is held out, since there is only one document; give more, or smaller files")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The loader: a global batch is a pure function of (seed, step), whoever asks for whichever part of it.
 
-Row r of a split is tokens [r T, r T + T + 1) of its stream; the last token is only a target. A mixture interleaves
+Row r of a split is tokens [r T, r T + T + 1) of its stream; the last token is only a target. Rows of conversations are
+packed (packed.py). A mixture interleaves
 its stores so that after any number of rows each store has had its share, to within one row; each store visits its own
 rows in a random order, another one each epoch. Both are computed from an index, so that nothing grows with the
 number of rows and resuming takes one integer.
@@ -25,8 +26,9 @@ import grain
 import numpy as np
 
 from maxlm.config import DataConfig, TrainConfig
+from maxlm.data.packed import PackedRows
 from maxlm.data.sources import DataError
-from maxlm.data.store import Split, TokenStore, open_stores
+from maxlm.data.store import SPLITS, Split, TokenStore, open_stores
 
 Batch = dict[str, np.ndarray]
 # The index shuffle works on 32-bit integers.
@@ -41,7 +43,7 @@ class Loader:
     Every batch is dict(tokens, targets, segments, positions: int32 [B, T], mask: float32 [B, T]). A token's segment
     is the number of its document in the row, from 1, and its position counts from the document's first token in the
     row (with data.segment_mask=false: 1 and 0..T-1 throughout). mask is 0 where the input ends a document, since the
-    next token cannot be known from it.
+    next token cannot be known from it. Of conversations mask is 1 where the assistant says the target.
 
     Args:
         data: the mixture.
@@ -49,13 +51,15 @@ class Loader:
         vocab_size: ids that the model knows, as a count.
 
     Raises:
-        FileNotFoundError, ValueError: as open_stores; or a store's training split is shorter than one row.
+        FileNotFoundError, ValueError: as open_stores; or a store's training split is shorter than one row, or
+            data.segment_mask=false would let conversations see each other.
     """
 
     def __init__(self, data: DataConfig, train: TrainConfig, vocab_size: int):
         self._data, self._train = data, train
         self.stores = open_stores(data, vocab_size)
         self._shares = _whole_shares([store.weight for store in data.stores])
+        self._rows = {split: [self._rows_of(store, split) for store in self.stores] for split in SPLITS}
         self._order = [self._rows_in_order(index, store) for index, store in enumerate(self.stores)]
 
     @property
@@ -112,7 +116,7 @@ class Loader:
             start: first row of each batch to return.
             stop: row after the last.
         """
-        counts = [_num_rows(store, "heldout", self._train.seq_len) for store in self.stores]
+        counts = list(map(len, self._rows["heldout"]))
         total, ends = sum(counts), list(itertools.accumulate(counts))
         wanted = min(total, num_batches * batch_size)
         for first in range(0, wanted, batch_size):
@@ -130,8 +134,30 @@ class Loader:
         for store in self.stores:
             store.close()
 
+    @property
+    def notes(self) -> list[str]:
+        """What users should know of the conversations' rows, one sentence per store."""
+        notes = []
+        for store, rows in zip(self.stores, self._rows["train"], strict=True):
+            if isinstance(rows, PackedRows) and (rows.num_cut or rows.num_unlearned):
+                notes.append(
+                    f"store {store.path}: {rows.num_cut:,} conversations are cut to train.seq_len="
+                    f"{self._train.seq_len}, {rows.num_unlearned:,} are left out since no answer begins before the cut"
+                )
+        return notes
+
+    def _rows_of(self, store: TokenStore, split: Split) -> "_TextRows | PackedRows":
+        if not store.is_chat:
+            return _TextRows(store, split, self._train.seq_len, self._data.segment_mask)
+        if not self._data.segment_mask:
+            raise DataError(
+                f"store {store.path} holds conversations, which data.segment_mask=false would let see each other; "
+                "set it to true"
+            )
+        return PackedRows(store, split, self._train.seq_len)
+
     def _rows_in_order(self, index: int, store: TokenStore) -> grain.MapDataset:
-        num_rows = _num_rows(store, "train", self._train.seq_len)
+        num_rows = len(self._rows["train"][index])
         if num_rows < 1:
             raise DataError(
                 f"store {store.path} has {store.num_tokens('train')} training tokens, too few for one row of "
@@ -152,14 +178,27 @@ class Loader:
         return store, int(self._order[store][count])  # pyrefly: ignore
 
     def _read(self, split: Split, places: list[tuple[int, int]]) -> Batch:
-        length = self._train.seq_len
-        tokens_BT1 = np.empty((len(places), length + 1), np.int32)
-        for index, store in enumerate(self.stores):
+        batch: Batch = {}
+        for index, rows in enumerate(self._rows[split]):
             chosen = [i for i, (owner, _) in enumerate(places) if owner == index]
-            if chosen:
-                starts = [places[i][1] * length for i in chosen]
-                tokens_BT1[chosen] = store.read_rows(split, starts, length + 1)
-        return make_batch(tokens_BT1, self.stores[0].eos_id, self._data.segment_mask)
+            if chosen or not places:
+                for key, value in rows.read([places[i][1] for i in chosen]).items():
+                    batch.setdefault(key, np.empty((len(places), value.shape[1]), value.dtype))[chosen] = value
+        return batch
+
+
+class _TextRows:
+    """The rows of one split of documents: seq_len tokens after another, and the one behind them."""
+
+    def __init__(self, store: TokenStore, split: Split, seq_len: int, segment_mask: bool):
+        self._store, self._split, self._seq_len, self._segment_mask = store, split, seq_len, segment_mask
+
+    def __len__(self) -> int:
+        return max(0, self._store.num_tokens(self._split) - 1) // self._seq_len
+
+    def read(self, rows: list[int]) -> Batch:
+        tokens_BT1 = self._store.read_rows(self._split, [row * self._seq_len for row in rows], self._seq_len + 1)
+        return make_batch(tokens_BT1.astype(np.int32), self._store.eos_id, self._segment_mask)
 
 
 def make_batch(tokens_BT1: np.ndarray, eos_id: int, segment_mask: bool) -> Batch:
@@ -208,10 +247,6 @@ def identity(data: DataConfig) -> dict[str, Any]:
         hashes = {split: store.content_hash(split) for split in ("train", "heldout")}
         stores.append({"weight": config.weight, "tokenizer": store.tokenizer_identity["sha256"], **hashes})
     return {"stores": stores, "shuffle": data.shuffle, "segment_mask": data.segment_mask}
-
-
-def _num_rows(store: TokenStore, split: Split, seq_len: int) -> int:
-    return max(0, store.num_tokens(split) - 1) // seq_len
 
 
 def _whole_shares(weights: list[float]) -> list[int]:

@@ -36,10 +36,14 @@ class DataError(ValueError):
 
 
 class Document(NamedTuple):
-    """One document: its text, and how many invalid UTF-8 bytes were replaced in it."""
+    """One document: its text, how many invalid UTF-8 bytes were replaced in it, and what is learned of a conversation.
+
+    Spans are [start, stop) in characters; None where all of the text is learned.
+    """
 
     text: str
     replaced_bytes: int
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,21 @@ def read_documents(source: Source, text_field: str = "text") -> Iterator[Documen
         for document in read(source, text_field):
             if document.text:
                 yield _encodable(document)
+    except OSError as error:
+        raise storage.StorageError(f"cannot read {source.name}: {error.strerror or error}") from None
+
+
+def read_objects(source: Source) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """Streams (line, object, invalid bytes replaced) of a .jsonl file.
+
+    Raises:
+        DataError, StorageError: as read_documents; or the file is not .jsonl.
+    """
+    if _format(source.path) != "jsonl":
+        raise DataError(f"{source.name} is not a .jsonl file (or .jsonl.gz, .jsonl.zst) of conversations")
+    try:
+        for line, data in _jsonl_lines(source):
+            yield line, _object(data.text, source.name, line), data.replaced_bytes
     except OSError as error:
         raise storage.StorageError(f"cannot read {source.name}: {error.strerror or error}") from None
 
@@ -199,6 +218,11 @@ def _whole_characters(piece: bytes) -> tuple[bytes, int]:
 
 
 def _read_jsonl(source: Source, text_field: str) -> Iterator[Document]:
+    for line, data in _jsonl_lines(source):
+        yield Document(_text_of(data.text, source.name, line, text_field), data.replaced_bytes)
+
+
+def _jsonl_lines(source: Source) -> Iterator[tuple[int, Document]]:
     line = 0
     try:
         with _open_compressed(source.path) as file:
@@ -208,21 +232,25 @@ def _read_jsonl(source: Source, text_field: str) -> Iterator[Document]:
                     raise DataError(f"{source.name} line {line + 1} is longer than {MAX_JSON_BYTES:,} bytes; cut it up")
                 line += 1
                 if data.strip():
-                    document = decode(data)
-                    yield Document(_text_of(document.text, source.name, line, text_field), document.replaced_bytes)
+                    yield line, decode(data)
         if source.path.endswith(".zst") and _ends_in_frame(source.path):
             raise EOFError("the file ends before the end of what was packed")
     except (gzip.BadGzipFile, EOFError, zlib.error, _zstd_error()) as error:
         raise DataError(f"{source.name} is damaged after line {line}: {error}") from None
 
 
-def _text_of(data: str, name: str, line: int, text_field: str) -> str:
+def _object(data: str, name: str, line: int) -> dict[str, Any]:
     try:
         row = json.loads(data.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} line {line} is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{name} line {line} is not a JSON object but {_short(row)}")
+    return row
+
+
+def _text_of(data: str, name: str, line: int, text_field: str) -> str:
+    row = _object(data, name, line)
     if text_field not in row:
         raise DataError(f"{name} line {line} has no field {text_field!r}; {_fields(list(row))}")
     if not isinstance(text := row[text_field], str):

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from maxlm import storage
 from maxlm.config import DataConfig
 from maxlm.data.sources import DataError
-from maxlm.data.tokenizer import Kind, Tokenizer, tokenizer_from_bytes
+from maxlm.data.tokenizer import FIRST, Kind, Tokenizer, tokenizer_from_bytes
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-FORMAT = 1
+FORMAT, CHAT_FORMAT = 1, 2
+"""Of a store of documents; of one of conversations, whose tokens carry flags (worker.flagged)."""
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 27
 MAX_OPEN_FILES = 256
@@ -66,6 +67,7 @@ class _Split(_Entry):
     num_bytes: Count
     num_documents: Count
     replaced_bytes: Count
+    num_learned: Count | None = None
     sha256: Hash
     shards: list[_Shard]
 
@@ -88,7 +90,7 @@ class _Source(_Entry):
 class _Manifest(_Entry):
     """What manifest.json has to hold; there may be more."""
 
-    format: int = Field(ge=FORMAT, le=FORMAT)
+    format: int = Field(ge=FORMAT, le=CHAT_FORMAT)
     tokenizer: _Tokenizer
     dtype: Literal["uint16", "uint32"]
     options: _Options
@@ -97,6 +99,8 @@ class _Manifest(_Entry):
 
     @model_validator(mode="after")
     def _agrees(self) -> "_Manifest":
+        if self.format == CHAT_FORMAT and (self.dtype != "uint32" or self.tokenizer.vocab_size > FIRST):
+            raise ValueError(f"dtype={self.dtype} has no room for the flags of conversations")
         itemsize = np.dtype(self.dtype).itemsize
         for name in SPLITS:
             split: _Split = getattr(self.splits, name)
@@ -136,6 +140,11 @@ class TokenStore:
             self._check_sizes()
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it holds conversations, of which the assistant's tokens alone are learned."""
+        return self.manifest["format"] == CHAT_FORMAT
 
     @property
     def vocab_size(self) -> int:
@@ -197,10 +206,11 @@ class TokenStore:
             IndexError: the range leaves the split.
             StorageError: a file cannot be read.
         """
-        return self.read_rows(split, [start], stop - start)[0]
+        tokens = self.read_rows(split, [start], stop - start)[0]
+        return tokens & (FIRST - 1) if self.is_chat else tokens
 
     def read_rows(self, split: Split, starts: Sequence[int], length: int) -> np.ndarray:
-        """Reads many ranges of equal length; in buckets all at the same time.
+        """Reads many ranges of equal length, with the flags of conversations; in buckets all at the same time.
 
         Args:
             split: "train" or "heldout".
@@ -235,7 +245,7 @@ class TokenStore:
         """
         digest, num_tokens, step = hashlib.sha256(), self.num_tokens(split), 1 << 22
         for start in range(0, num_tokens, step):
-            digest.update(self.read(split, start, min(start + step, num_tokens)).data)
+            digest.update(self.read_rows(split, [start], min(step, num_tokens - start)).data)
         if digest.hexdigest() != self.content_hash(split):
             raise DataError(f"store {self.path}: the {split} tokens are damaged; build it again with --overwrite")
 
@@ -348,9 +358,11 @@ def _read_manifest(path: str) -> dict[str, Any]:
         version = manifest["format"]
     except (ValidationError, KeyError):
         raise DataError(f"store {path}: {MANIFEST} is not a maxlm manifest") from None
-    if type(version) is int and version != FORMAT:
+    if type(version) is int and version not in (FORMAT, CHAT_FORMAT):
         shown = min(max(version, -1), 10**9)
-        raise DataError(f"store {path} has format {shown}, this maxlm reads {FORMAT}; build it with --overwrite")
+        raise DataError(
+            f"store {path} has format {shown}, this maxlm reads {FORMAT} and {CHAT_FORMAT}; build it with --overwrite"
+        )
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:

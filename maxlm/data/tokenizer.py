@@ -31,6 +31,9 @@ EOS_NAMES = (
 BOS_NAMES = ("<|begin_of_text|>", "<|begin▁of▁sentence|>", "<bos>", "<s>", "<|bos|>", "[BOS]")
 FILE_NAMES: dict[Kind, str] = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 NO_BOS = "none"
+# Bits beside a token's id in a store of conversations. Where one ends cannot be told from ids: in many templates the
+# token that ends a turn is the one that ends a text.
+LEARNED, FIRST = 1 << 31, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,34 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         # Through array, since numpy takes four times as long to turn a list into an array.
         return [np.frombuffer(array.array("I", e.ids), np.uint32) for e in encodings]
+
+    def encode_marked(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes text in which special tokens are written out, as chat templates write them.
+
+        Args:
+            text: of one conversation.
+            spans: parts [start, stop) of it, in characters.
+
+        Returns:
+            uint32 [num_tokens], and bool [num_tokens]: which tokens have a character within a span.
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        starts_N, stops_N = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        inside_N = np.zeros(len(starts_N), bool)
+        for start, stop in spans:
+            # From the first to the last, since some tokens of white space have no place of their own.
+            (hit,) = np.nonzero((starts_N < stop) & (stops_N > start))
+            if len(hit):
+                inside_N[hit[0] : hit[-1] + 1] = True
+        return np.array(encoding.ids, np.uint32), inside_N
+
+    def special_tokens(self) -> list[str]:
+        """Text of the tokens that steer a model and are no language."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes token ids to text; special tokens are left out."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from maxlm import storage
 from maxlm.data.sources import DataError, Document
-from maxlm.data.tokenizer import NO_BOS, Kind, Tokenizer, tokenizer_from_bytes
+from maxlm.data.tokenizer import FIRST, LEARNED, NO_BOS, JsonTokenizer, Kind, Tokenizer, tokenizer_from_bytes
 
 START = "from maxlm.data.worker import serve; serve()"
 
@@ -55,8 +55,8 @@ class WorkerPool:
     def _run(self, path: str, documents: Sequence[Document]) -> None:
         try:
             process = self._process()
-            replaced = [document.replaced_bytes for document in documents]
-            _send(process.stdin, {"path": path, "replaced": replaced}, [d.text.encode() for d in documents])
+            order = {"path": path, "facts": [document[1:] for document in documents]}
+            _send(process.stdin, order, [d.text.encode() for d in documents])
             answer, _ = _receive(process.stdout)
         except (EOFError, BrokenPipeError):
             raise DataError(
@@ -97,7 +97,7 @@ def serve() -> None:
         tokenizer = _rebuild(hello["kind"], data, hello["eos_id"], hello["bos_id"])
         while True:
             order, texts = _receive(sys.stdin.buffer)
-            documents = [Document(text.decode(), n) for text, n in zip(texts, order["replaced"], strict=True)]
+            documents = [Document(text.decode(), *facts) for text, facts in zip(texts, order["facts"], strict=True)]
             _send(answers, _attempt(tokenizer, order["path"], documents))
     except (EOFError, BrokenPipeError):
         return
@@ -117,20 +117,28 @@ def encode_part(tokenizer: Tokenizer, documents: Sequence[Document]) -> bytes:
     """Tokenizes documents into the bytes of an .npz file.
 
     Returns:
-        tokens (uint16 or uint32, [bos] ids [eos] of all documents), and per document lengths (int64, in tokens),
-        places (float64, as place), num_bytes and replaced (int64, UTF-8 bytes).
+        tokens (uint16 or uint32, [bos] ids [eos] of all documents; of conversations their ids and flags, as flagged),
+        and per document lengths (int64, in tokens), places (float64, as place), num_bytes and replaced (int64, UTF-8
+        bytes).
     """
     head = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     pieces: list[Any] = []
     lengths = []
-    for ids in tokenizer.encode_batch([document.text for document in documents]):
-        pieces += [head, ids, [tokenizer.eos_id]] if head else [ids, [tokenizer.eos_id]]
-        lengths.append(len(head) + len(ids) + 1)
+    dtype = token_dtype(tokenizer.vocab_size)
+    if documents[0].spans is not None:
+        assert isinstance(tokenizer, JsonTokenizer)
+        dtype = np.dtype("<u4")
+        pieces = [flagged(*tokenizer.encode_marked(document.text, document.spans or ())) for document in documents]
+        lengths = list(map(len, pieces))
+    else:
+        for ids in tokenizer.encode_batch([document.text for document in documents]):
+            pieces += [head, ids, [tokenizer.eos_id]] if head else [ids, [tokenizer.eos_id]]
+            lengths.append(len(head) + len(ids) + 1)
     data = [document.text.encode() for document in documents]
     file = io.BytesIO()
     np.savez(
         file,
-        tokens=np.concatenate(pieces, dtype=token_dtype(tokenizer.vocab_size), casting="unsafe"),
+        tokens=np.concatenate(pieces, dtype=dtype, casting="unsafe"),
         lengths=np.array(lengths, np.int64),
         places=np.array([place(text) for text in data], np.float64),
         num_bytes=np.array([len(text) for text in data], np.int64),
@@ -142,6 +150,21 @@ def encode_part(tokenizer: Tokenizer, documents: Sequence[Document]) -> bytes:
 def place(text: bytes) -> float:
     """A number in [0, 1) that depends on the text alone: below the held-out share, a document is held out."""
     return (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def flagged(ids: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    """The tokens of one conversation with what a store says of each in its upper bits.
+
+    Args:
+        ids: uint32 [num_tokens], below FIRST.
+        learned: bool [num_tokens], whether the assistant says it.
+
+    Returns:
+        uint32 [num_tokens]: ids + LEARNED where learned, + FIRST at the first.
+    """
+    tokens = ids | np.where(learned, np.uint32(LEARNED), np.uint32(0))
+    tokens[:1] |= np.uint32(FIRST)
+    return tokens
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

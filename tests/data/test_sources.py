@@ -46,7 +46,7 @@ def test_invalid_bytes_are_replaced_and_counted(tmp_path):
 def test_lone_surrogates_in_json_become_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude42"}')
     (document,) = read(tmp_path)
-    assert document == ("a\ufffdb 🙂", 1)
+    assert document[:2] == ("a\ufffdb 🙂", 1)
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
