@@ -28,6 +28,7 @@ EPILOG = """examples:
   maxlm checkpoint verify runs/a                          are its checkpoints what was saved
   maxlm convert from-hf Llama-3.1-8B models/llama         a Hugging Face folder to a checkpoint; to-hf goes back
   maxlm generate models/llama "Once upon a time"          continue a text
+  maxlm eval perplexity runs/a --text book.txt            how well a model predicts a text
 """
 
 
@@ -113,11 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm.convert import cli as convert_cli
     from maxlm.data import cli as data_cli
     from maxlm.infer import cli as infer_cli
+    from maxlm.evaluate import cli as evaluate_cli
 
     data_cli.add_parser(commands)
     checkpoint_cli.add_parser(commands)
     convert_cli.add_parser(commands)
     infer_cli.add_parser(commands)
+    evaluate_cli.add_parser(commands)
     supervise.add_parser(commands)
     return parser
 

@@ -251,6 +251,30 @@ class PlainPasses(Passes):
         return jax.reshard(head.model.logits(x_BTD), jax.P(None, None, None))[:, 0].mean(0)
 
     @in_precision
+    def token_losses(self, params: Any, rows: Batch, greedy: bool = False) -> tuple[jax.Array, jax.Array | None]:
+        """Cross entropy in nats of every target, float32 [B, T], and, if asked for, whether no token is likelier.
+
+        Args:
+            params: parameters, in any type.
+            rows: [B, T]; its mask is not looked at.
+            greedy: holds the logits of all tokens at a time.
+        """
+        rows = self.arrange(rows, "BS")
+        head, _ = self._run(params, rows)
+        if not greedy:
+            return self._as_it_came(head.cross_entropy(rows["targets"])[0]), None
+        logits_BTV = head.logits()
+        loss_BT = cross_entropy(logits_BTV, rows["targets"])[0]
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2, out_sharding=compute_spec("BTV"))
+        others = jnp.where(ids == rows["targets"][..., None], -jnp.inf, logits_BTV).max(-1)
+        own = jnp.where(ids == rows["targets"][..., None], logits_BTV, 0.0).sum(-1)
+        return self._as_it_came(loss_BT), self._as_it_came(own >= others)
+
+    def _as_it_came(self, x_BT: jax.Array) -> jax.Array:
+        """Undoes arrange."""
+        return x_BT if self.order is None else jax.reshard(x_BT, compute_spec("BS"))[:, np.argsort(self.order)]
+
+    @in_precision
     def logits(self, params: Any, rows: Batch) -> jax.Array:
         """float32 logits [B, T, V] of rows [B, T]."""
         logits_BTV = self._run(params, self.arrange(rows, "BS"))[0].logits()

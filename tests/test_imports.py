@@ -50,7 +50,7 @@ MAY_BE_IMPORTED_BY = {
     "__main__": set(),
 }
 # Packages whose import name says nothing about who ships it, or that several ship.
-SHIPPED_BY = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "array_record": "array-record"}
+SHIPPED_BY = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "array_record": "array-record", "lm_eval": "lm-eval"}
 # Installed with a declared package on purpose: `jax` brings its own number types, grain its record files.
 COMES_WITH = {"jaxlib": "jax", "ml-dtypes": "jax", "array-record": "grain", "etils": "orbax-checkpoint"}
 

@@ -1,0 +1,1 @@
+"""Evaluation of models by the likelihood that they give to texts."""

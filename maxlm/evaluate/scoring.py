@@ -1,0 +1,162 @@
+"""Log-likelihoods of tokens, many rows at a time: what all evaluation is made of."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+
+from maxlm.config import Config, MeshConfig
+from maxlm.config_file import parse_config
+from maxlm.infer.models import OpenModel
+from maxlm.mesh import axis_sizes, check_fit
+from maxlm.passes import PlainPasses
+from maxlm.sharding import compute_spec
+from maxlm.step import build_program
+
+SMALLEST_BUCKET = 32
+"""Tokens; shorter rows are padded to it, longer ones to its doubles, so that few programs are compiled."""
+
+
+class EvaluationError(ValueError):
+    """An evaluation that was asked for wrongly; one sentence that says what would be right."""
+
+
+class Scorer:
+    """A model, ready to score rows of tokens.
+
+    Args:
+        opened: the model.
+        batch_tokens: tokens on all devices at a time.
+        mesh: that with which it was opened.
+    """
+
+    def __init__(self, opened: OpenModel, mesh: MeshConfig, batch_tokens: int):
+        self.opened, self._mesh, self._batch_tokens = opened, mesh, batch_tokens
+        sizes = axis_sizes(mesh, opened.mesh.size)
+        self._shards = math.prod(sizes[axis] for axis in ("slice", "data", "fsdp", "expert"))
+        self._runs = dict[tuple[int, bool], tuple[int, Callable]]()
+
+    def check_context(self, context: int) -> None:
+        """Refuses a number of tokens for which the model has no positions.
+
+        Raises:
+            EvaluationError: it has fewer.
+        """
+        model = self.opened.model
+        if model.position == "learned" and context > (model.max_positions or 0):
+            raise EvaluationError(
+                f"context={context} is more than the {model.max_positions} positions that {self.opened.place} has "
+                f"learned; use --context {model.max_positions} or less"
+            )
+
+    def rows_at_once(self, T: int) -> int:
+        """Rows of T tokens in a batch."""
+        return max(1, self._batch_tokens // T // self._shards) * self._shards
+
+    def score(self, tokens_BT: np.ndarray, targets_BT: np.ndarray, greedy: bool = False) -> tuple[np.ndarray, ...]:
+        """Scores targets, each after the tokens up to its place.
+
+        Args:
+            tokens_BT: int ids, at most rows_at_once(T) rows.
+            targets_BT: likewise.
+            greedy: says also whether each target is the likeliest token.
+
+        Returns:
+            Log-likelihoods in nats, float32 [B, T], and, if asked for, bool [B, T].
+        """
+        B, T = tokens_BT.shape
+        num_rows, run = self._run(T, greedy)
+        rows = [np.zeros((num_rows, T), np.int32) for _ in range(2)]
+        for row, given in zip(rows, (tokens_BT, targets_BT), strict=True):
+            row[:B] = given
+        with jax.set_mesh(self.opened.mesh):
+            found = run(self.opened.params, *(_put(row) for row in rows))
+        losses, *hits = (_whole(x)[:B] for x in found if x is not None)
+        return -losses, *hits
+
+    def loglikelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Callable[[int], None] = lambda _: None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations.
+
+        Args:
+            pairs: token ids of context and continuation, neither empty; the context's first are left out where the
+                model's context is shorter.
+            advance: hears of the number of pairs that are done.
+
+        Returns:
+            For each, the log-likelihood in nats, and whether it is what greedy decoding gives.
+        """
+        longest = self.opened.context
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        for T, numbers in self._buckets([min(longest, len(a) + len(b) - 1) for a, b in pairs]):
+            tokens_BT, targets_BT = (np.zeros((len(numbers), T), np.int32) for _ in range(2))
+            spans = []
+            for row, number in enumerate(numbers):
+                ids = [*pairs[number][0], *pairs[number][1]][-(longest + 1) :]
+                end = len(ids) - 1
+                tokens_BT[row, :end], targets_BT[row, :end] = ids[:-1], ids[1:]
+                spans.append(slice(max(0, end - len(pairs[number][1])), end))
+            scores, hits = self.score(tokens_BT, targets_BT, greedy=True)
+            for row, (number, span) in enumerate(zip(numbers, spans, strict=True)):
+                found[number] = (float(scores[row, span].sum(dtype=np.float64)), bool(hits[row, span].all()))
+            advance(len(numbers))
+        return found
+
+    def bucket(self, length: int) -> int:
+        """Tokens of the row in which so many are scored; what the mesh's context shards divide."""
+        T = max(SMALLEST_BUCKET, 1 << (max(1, length) - 1).bit_length())
+        learned = self.opened.model.max_positions if self.opened.model.position == "learned" else None
+        return T if learned is None else min(T, learned)
+
+    def _buckets(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Batches of numbers of rows, the longest first: what does not fit into memory shows at once."""
+        by_bucket = dict[int, list[int]]()
+        for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            by_bucket.setdefault(self.bucket(lengths[number]), []).append(number)
+        for T, numbers in by_bucket.items():
+            count = self.rows_at_once(T)
+            for i in range(0, len(numbers), count):
+                yield T, numbers[i : i + count]
+
+    def _run(self, T: int, greedy: bool) -> tuple[int, Callable]:
+        """Rows, and the compiled function of that many."""
+        if (T, greedy) not in self._runs:
+            num_rows = self.rows_at_once(T)
+            config = _config(self.opened, self._mesh, num_rows, T)
+            check_fit(config, axis_sizes(self._mesh, self.opened.mesh.size))
+            passes = build_program(config, self.opened.mesh).passes
+            assert isinstance(passes, PlainPasses)
+            self._runs[T, greedy] = num_rows, jax.jit(partial(_losses, passes, greedy))
+        return self._runs[T, greedy]
+
+
+def _config(opened: OpenModel, mesh: MeshConfig, batch_size: int, seq_len: int) -> Config:
+    train = {"steps": 1, "batch_size": batch_size, "seq_len": seq_len, "remat": "none"}
+    model = opened.model.model_dump(mode="json")
+    config = parse_config({"model": model, "data": {"stores": [{"path": "none"}]}, "train": train})
+    return config.model_copy(update={"mesh": mesh})
+
+
+def _losses(
+    passes: PlainPasses, greedy: bool, params: dict, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    places_BT = jax.lax.broadcasted_iota(jax.numpy.int32, tokens_BT.shape, 1, out_sharding=compute_spec("BS"))
+    # what fills a row up comes after all that is scored, which does not see it
+    rows = {"tokens": tokens_BT, "targets": targets_BT, "positions": places_BT, "segments": 0 * places_BT + 1}
+    return passes.token_losses(params, rows, greedy)
+
+
+def _put(x_BT: np.ndarray) -> jax.Array:
+    place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), compute_spec("BS"))
+    return jax.make_array_from_callback(x_BT.shape, place, lambda at: x_BT[at])
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
