@@ -113,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm import checkpoint_cli, supervise
     from maxlm.convert import cli as convert_cli
     from maxlm.data import cli as data_cli
-    from maxlm.infer import cli as infer_cli
     from maxlm.evaluate import cli as evaluate_cli
+    from maxlm.infer import cli as infer_cli
 
     data_cli.add_parser(commands)
     checkpoint_cli.add_parser(commands)
