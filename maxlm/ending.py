@@ -86,6 +86,8 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
         "note": run_facts["advice"],
     }
     loop.progress.note(summary_table(rows))
+    for note in source.notes if isinstance(source, Loader) else []:
+        loop.progress.note(note)
     loop.progress.note("compiling the step; the first one takes a while")
 
 
@@ -96,7 +98,9 @@ def _products(config: Config) -> str:
 
 
 def _missing_heldout(source: DataSource, seq_len: int) -> str | None:
-    if not isinstance(source, Loader) or any(store.num_tokens("heldout") > seq_len for store in source.stores):
+    if not isinstance(source, Loader) or any(
+        store.num_tokens("heldout") > (1 if store.is_chat else seq_len) for store in source.stores
+    ):
         return None
     return "none: no row of held-out text (maxlm data build --heldout 0.01)"
 
@@ -172,7 +176,7 @@ class Ending:
         self.loop.enter("ending", step)
         more: dict[str, Any] = {"final": final}
         stores = self.source.stores if isinstance(self.source, Loader) and self.folder.primary else []
-        if len(stores) == 1 and "heldout_loss" in final:  # a mixture has no one split to count on
+        if len(stores) == 1 and "heldout_bits_per_byte" in final:  # a mixture has no one split to count on
             more["baselines"] = ngram_bits_per_byte(stores[0])
         more |= self._sample(state)
         self.loop.checkpoints.wait()

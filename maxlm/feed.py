@@ -104,8 +104,8 @@ class Feed:
 
     @property
     def tokens_per_byte(self) -> float | None:
-        """Held-out tokens per byte of text, for bits per byte; None where the source is not made of token stores."""
-        if not isinstance(self._source, Loader):
+        """Held-out tokens per byte of text, for bits per byte; None unless all of it is stores of text."""
+        if not isinstance(self._source, Loader) or any(store.is_chat for store in self._source.stores):
             return None
         stores = self._source.stores
         return sum(s.num_tokens("heldout") for s in stores) / max(1, sum(s.num_bytes("heldout") for s in stores))

@@ -87,11 +87,9 @@ def build_store(
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} cannot tokenize; use 1 or more")
     _check_target(out, overwrite)
-    chats = None
-    if chat is None:
-        model = load_tokenizer(tokenizer, eos, bos)
-    else:
-        model, chats = load_chats(chat, eos, bos)
+    if chat is not None and tokenizer != "byte":
+        raise ValueError(f"tokenizer={tokenizer} does not go with chat={chat}, which has its own; leave one out")
+    model, chats = load_chats(chat, eos, bos) if chat is not None else (load_tokenizer(tokenizer, eos, bos), None)
     files = sources.expand(texts)
     report = progress or (lambda stage, done, total: None)
     staging = _staging_folder(out)
