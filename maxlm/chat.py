@@ -17,6 +17,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 Message = Mapping[str, Any]
 MAX_FILE = 1 << 24
@@ -200,15 +201,12 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, counting the turns of loops and calls and refusing to multiply text beyond the limit."""
+    """The sandbox, counting the turns of loops and calls and refusing operators that make text beyond the limit."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "**", "+"])
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        template = super()._parse(source, name, filename)
-        for loop in template.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted turns", [], [], None, None, lineno=loop.lineno)
-        return template
+        return _Limits().visit(super()._parse(source, name, filename))
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         _CURRENT.get().spend()
@@ -222,7 +220,19 @@ class _Environment(ImmutableSandboxedEnvironment):
                 size = abs(times) if operator == "**" and isinstance(times, int) else 0
             if size > (MAX_OUTPUT if operator == "*" else 1000):
                 raise ChatError(f"operator {operator} makes something too large")
-        return super().call_binop(context, operator, left, right)
+        return _limited(super().call_binop(context, operator, left, right))
+
+
+class _Limits(NodeTransformer):
+    """Puts filters that count around what loops run over and what ~ makes."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "counted turns", [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        return nodes.Filter(self.generic_visit(node), "limited size", [], [], None, None, lineno=node.lineno)
 
 
 def _environment() -> _Environment:
@@ -232,6 +242,7 @@ def _environment() -> _Environment:
     )
     environment.filters["tojson"] = _tojson
     environment.filters["counted turns"] = _counted
+    environment.filters["limited size"] = _limited
     names: dict[str, Any] = {"raise_exception": _raise, "strftime_now": _strftime_now}
     environment.globals.update(names)
     return environment
@@ -242,6 +253,12 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         rendering.spend()
         yield item
+
+
+def _limited(value: Any) -> Any:
+    if isinstance(value, str | list | tuple) and len(value) > MAX_OUTPUT:
+        raise ChatError("an operator makes something too large")
+    return value
 
 
 def _tojson(

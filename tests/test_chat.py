@@ -158,6 +158,8 @@ def test_all_places_of_a_template_are_known(tmp_path, place):
         ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "steps"),
         ("{{ 'a' * 10**10 }}", "too large"),
         ("{{ 9 ** 9 ** 9 }}", "too large"),
+        ("{% set n = namespace(a='a') %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "too large"),
+        ("{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}", "too large"),
         ("{% set a = 'a' * 10**6 %}{% for i in range(99) %}{{ a }}{% endfor %}", "characters"),
         ("a" * (1 << 20) + "a", "characters"),
         ("{% include '/etc/passwd' %}", "fails"),
