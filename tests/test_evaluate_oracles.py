@@ -9,7 +9,7 @@ import pytest
 from test_evaluate import ONE, TEXT, model_with_tokenizer
 
 from maxlm.cli import main
-from maxlm.evaluate.lm_eval_model import make_lm
+from maxlm.evaluate.lm_eval_model import make_generate, make_lm
 from maxlm.evaluate.perplexity import windows
 from maxlm.evaluate.scoring import Scorer
 from maxlm.infer.models import open_model
@@ -91,11 +91,12 @@ def test_lm_eval_gives_what_its_own_model_gives(tmp_path, capsys, monkeypatch):
     from transformers import PreTrainedTokenizerFast
 
     folder, tasks = model_with_tokenizer(tmp_path / "hf"), write_tasks(tmp_path / "tasks")
-    names = ["our_choices", "our_texts"]
+    names = ["our_choices", "our_texts", "our_words"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
     tokenizer.pad_token = tokenizer.eos_token
     want = HFLM(pretrained=theirs(folder), tokenizer=tokenizer, max_length=64, batch_size=2, device="cpu")
-    ours = make_lm(Scorer(open_model(str(folder), ONE, "float32"), ONE, 256))
+    opened = open_model(str(folder), ONE, "float32")
+    ours = make_lm(Scorer(opened, ONE, 256), make_generate(opened, 2))
 
     pairs = [("the cat", " sat"), ("", "the dog"), ("the ", "cat"), (TEXT[:200], " the hat")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
@@ -104,6 +105,11 @@ def test_lm_eval_gives_what_its_own_model_gives(tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose([x for x, _ in a], [x for x, _ in b], atol=1e-4)
     assert [hit for _, hit in a] == [hit for _, hit in b]
     np.testing.assert_allclose(ours.loglikelihood_rolling(rolling), want.loglikelihood_rolling(rolling), rtol=1e-6)
+    options = {"until": ["\n", "zz"], "max_gen_toks": 8, "do_sample": False}
+    prompts = [Instance("generate_until", {}, (text, options), i) for i, (text, _) in enumerate(pairs) if text]
+    texts = ours.generate_until(prompts)
+    assert texts == want.generate_until(prompts)
+    assert any(texts)
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     reference = simple_evaluate(want, tasks=names, task_manager=manager)["results"]
@@ -111,7 +117,11 @@ def test_lm_eval_gives_what_its_own_model_gives(tmp_path, capsys, monkeypatch):
     args = ["eval", "lm-eval", str(folder), "--include-path", str(tasks), "--dtype", "float32", "mesh.fake_devices=1"]
     assert main([*args, "--tasks", ",".join(names), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    for task, metrics in (("our_choices", ("acc", "acc_norm")), ("our_texts", ("word_perplexity", "bits_per_byte"))):
+    for task, metrics in (
+        ("our_choices", ("acc", "acc_norm")),
+        ("our_texts", ("word_perplexity", "bits_per_byte")),
+        ("our_words", ("exact_match",)),
+    ):
         for metric in metrics:
             assert found[task][f"{metric},none"] == pytest.approx(reference[task][f"{metric},none"], rel=1e-5)
     assert 0 < found["our_choices"]["acc,none"] < 1
