@@ -154,3 +154,34 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys):
     assert main(["eval", "perplexity", str(folder), "--text", str(tmp_path / "short")]) == 2
     assert "makes ids up to" in capsys.readouterr().err
     assert jax.device_count() == 8
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_its_store(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text(TEXT)
+    (tmp_path / "docs" / "b.txt").write_text(TEXT[100:])
+    store = str(tmp_path / "store")
+    assert main(["data", "build", str(tmp_path / "docs"), "--out", store, "--heldout", "0.5"]) == 0
+    model = {"vocab_size": 257, "num_layers": 2, "d_model": 16, "d_ff": 16, "num_heads": 2, "dtype": "float32"}
+    tree = {
+        "run": {"root": str(tmp_path), "name": "run"},
+        "model": {**model, "position": "learned", "max_positions": 24},
+        "mesh": {"fake_devices": 1},
+        "data": {"stores": [{"path": store}]},
+        "train": {"steps": 2, "batch_size": 2, "seq_len": 20, "compilation_cache": None},
+        "optim": {"learning_rate": 1e-2},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+    assert main(["train", str(tmp_path / "c.yaml")]) == 0
+    capsys.readouterr()
+    args = ["eval", "perplexity", str(tmp_path / "run"), "--dtype", "float32", "mesh.fake_devices=1"]
+    assert main([*args, "--store", store, "--split", "train", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["context"], found["stride"]) == (f"{tmp_path / 'run'}@2", 20, 10)
+    assert 4 < found["nats_per_token"] < 6.5
+    text = ["--text", str(tmp_path / "docs" / "a.txt"), "--context"]
+    assert main([*args, *text, "24", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == len(TEXT) - 1
+    assert main([*args, *text, "25"]) == 2
+    assert "context=25 is more than the 24 positions" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from maxlm.config import MeshConfig
 from maxlm.config_file import ConfigError, parse_config
 
 BATCH_TOKENS = 8192
+LONGEST_CONTEXT = 4096
+"""Tokens of a window, unless given: models that were made for many more are slow to be measured with all of them."""
 EXAMPLES = {
     "perplexity": "examples:\n  maxlm eval perplexity runs/a --store stores/docs\n"
     "  maxlm eval perplexity Llama-3.1-8B/ --text book.txt --context 4096 --stride 2048 mesh.tensor=4",
@@ -35,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
     text.add_argument("--store", metavar="STORE", help="token store; its documents are one text, one after another")
     text.add_argument("--text", metavar="FILE", help="UTF-8 text, which the model's tokenizer encodes")
     perplexity.add_argument("--split", choices=("heldout", "train"), default="heldout", help="of the store (heldout)")
-    perplexity.add_argument("--context", type=int, metavar="T", help="tokens of a window (what the model was made for)")
+    perplexity.add_argument("--context", type=int, metavar="T", help="tokens of a window (the model's, up to 4096)")
     perplexity.add_argument("--stride", type=int, metavar="S", help="tokens by which it moves on (half the context)")
 
     choices = _add(commands, "choices", _choices, "accuracy over questions with given answers")
@@ -81,7 +83,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         store = stack.enter_context(_store(args.store)) if args.store else None
         scorer = _scorer(args, context)
         opened = scorer.opened
-        context = opened.context if context is None else context
+        context = min(opened.context, LONGEST_CONTEXT) if context is None else context
         if store is not None:
             if store.vocab_size > opened.model.vocab_size:
                 raise EvaluationError(
