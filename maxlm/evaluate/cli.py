@@ -61,7 +61,7 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], tex
     command.set_defaults(run=run)
     command.add_argument("model", metavar="MODEL", help="run folder, converted model or Hugging Face folder; @STEP")
     command.add_argument("overrides", metavar="mesh.field=value", nargs="*", help="the mesh, such as mesh.tensor=4")
-    command.add_argument("--batch", type=int, metavar="B", help="rows at a time (what fits 8192 tokens)")
+    command.add_argument("--batch", type=int, metavar="B", help="rows of full context at a time (8192 tokens)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights (bfloat16)")
     command.add_argument("--json", action="store_true", help="print JSON")
     return command

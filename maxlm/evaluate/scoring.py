@@ -18,6 +18,9 @@ from maxlm.step import build_program
 SMALLEST_BUCKET = 32
 """Tokens; shorter rows are padded to it, longer ones to its doubles, so that few programs are compiled."""
 
+LOGITS = 2**28
+"""Logits that a device holds at a time, at most, as a count (1 GiB), where greedy decoding is asked for."""
+
 
 class EvaluationError(ValueError):
     """An evaluation that was asked for wrongly; one sentence that says what would be right."""
@@ -51,15 +54,18 @@ class Scorer:
                 f"learned; use --context {model.max_positions} or less"
             )
 
-    def rows_at_once(self, T: int) -> int:
+    def rows_at_once(self, T: int, greedy: bool = False) -> int:
         """Rows of T tokens in a batch."""
-        return max(1, self._batch_tokens // T // self._shards) * self._shards
+        num_tokens = self._batch_tokens
+        if greedy:
+            num_tokens = min(num_tokens, LOGITS * self._shards // self.opened.model.padded_vocab)
+        return max(1, num_tokens // T // self._shards) * self._shards
 
     def score(self, tokens_BT: np.ndarray, targets_BT: np.ndarray, greedy: bool = False) -> tuple[np.ndarray, ...]:
         """Scores targets, each after the tokens up to its place.
 
         Args:
-            tokens_BT: int ids, at most rows_at_once(T) rows.
+            tokens_BT: int ids, at most rows_at_once(T, greedy) rows.
             targets_BT: likewise.
             greedy: says also whether each target is the likeliest token.
 
@@ -117,14 +123,14 @@ class Scorer:
         for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             by_bucket.setdefault(self.bucket(lengths[number]), []).append(number)
         for T, numbers in by_bucket.items():
-            count = self.rows_at_once(T)
+            count = self.rows_at_once(T, greedy=True)
             for i in range(0, len(numbers), count):
                 yield T, numbers[i : i + count]
 
     def _run(self, T: int, greedy: bool) -> tuple[int, Callable]:
         """Rows, and the compiled function of that many."""
         if (T, greedy) not in self._runs:
-            num_rows = self.rows_at_once(T)
+            num_rows = self.rows_at_once(T, greedy)
             config = _config(self.opened, self._mesh, num_rows, T)
             check_fit(config, axis_sizes(self._mesh, self.opened.mesh.size))
             passes = build_program(config, self.opened.mesh).passes
