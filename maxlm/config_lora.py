@@ -16,7 +16,7 @@ class LoraConfig(Section):
     targets: tuple[str, ...] = Field(
         ("attention.*", "mlp.*"),
         description="Expressions of the weights that get adapters, by their names in a layer, such as attention.q or "
-        "mlp.*; each must match a whole name. Experts of their own and norms, biases and embeddings stay as they are.",
+        "mlp.*; each must match a whole name. Routed experts, norms, biases and embeddings stay as they are.",
         min_length=1,
     )
     base_dtype: Literal["float32", "bfloat16"] = Field(

@@ -46,10 +46,6 @@ class Adapted:
     a: Any
     b: Any
 
-    def __getitem__(self, key: Any) -> "Adapted":
-        """Itself, as a parameter is asked for its value: weight[...]."""
-        return self
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b"], meta_fields=["scale"])
 @dataclass(frozen=True)
