@@ -368,8 +368,8 @@ class Config(Section):
             raise ValueError(
                 f"train.seq_len={self.train.seq_len} is longer than model.max_positions={table}; raise max_positions"
             )
-        dense = self.model.num_dense_layers // len(self.model.layer_pattern)
-        for name, repeats in (("", self.model.num_repeats), ("dense ", dense)):
+        lead = self.model.num_lead_layers // max(1, len(self.model.lead_pattern))
+        for name, repeats in (("", self.model.num_repeats), ("leading ", lead)):
             if repeats % self.train.repeats_per_scan:
                 raise ValueError(
                     f"train.repeats_per_scan={self.train.repeats_per_scan} does not divide the model's {repeats} {name}"

@@ -59,7 +59,9 @@ class ModelConfig(Section):
     rope_scaling_high: float = Field(
         4.0, gt=0, description="Waves that fit at least so often stay as they are; those between change in part."
     )
-    rope_scaling_positions: Positive = Field(8192, description="Context before RoPE was scaled, in tokens.")
+    rope_scaling_positions: Positive | None = Field(
+        8192, description="Context before RoPE was scaled, in tokens; null: all waves turn slower (linear scaling)."
+    )
     max_positions: Positive | None = Field(
         None, description="Rows of the learned position table, in tokens; needed when position=learned."
     )
@@ -138,7 +140,7 @@ class ModelConfig(Section):
         return self.expert_d_ff or self.d_ff
 
     @property
-    def rope_scaling(self) -> tuple[float, float, float, int] | None:
+    def rope_scaling(self) -> tuple[float, float, float, int | None] | None:
         """Factor, low, high and positions of model.rope.scaled; None without scaling."""
         if self.rope_scaling_factor is None:
             return None
@@ -150,9 +152,30 @@ class ModelConfig(Section):
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
     @property
+    def num_lead_layers(self) -> int:
+        """Layers ahead of the repeats: dense ones before experts, or what the repeats of the pattern leave over."""
+        return self.num_dense_layers if self.num_experts else self.num_layers % len(self.layer_pattern)
+
+    @property
+    def lead_pattern(self) -> tuple[Literal["global", "local"], ...]:
+        """Kinds of the leading layers, which may repeat."""
+        return self.layer_pattern[: self.num_lead_layers]
+
+    @property
+    def main_pattern(self) -> tuple[Literal["global", "local"], ...]:
+        """The pattern as the layers after the leading ones repeat it."""
+        first = self.num_lead_layers % len(self.layer_pattern)
+        return self.layer_pattern[first:] + self.layer_pattern[:first]
+
+    def num_layers_of(self, kind: str) -> int:
+        """Layers of a kind of layer_pattern."""
+        repeats, rest = divmod(self.num_layers, len(self.layer_pattern))
+        return repeats * self.layer_pattern.count(kind) + self.layer_pattern[:rest].count(kind)
+
+    @property
     def num_repeats(self) -> int:
-        """Repeats of the layer pattern, after the leading dense layers."""
-        return (self.num_layers - self.num_dense_layers) // len(self.layer_pattern)
+        """Repeats of the layer pattern, after the leading layers."""
+        return (self.num_layers - self.num_lead_layers) // len(self.layer_pattern)
 
     @property
     def padded_vocab(self) -> int:
@@ -170,9 +193,9 @@ class ModelConfig(Section):
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 f"use a divisor such as {divisor_at_most(self.num_heads, self.kv_heads)}"
             )
-        if self.num_layers % len(self.layer_pattern):
+        if self.num_layers < len(self.layer_pattern):
             raise ValueError(
-                f"num_layers={self.num_layers} is not a multiple of layer_pattern's {len(self.layer_pattern)} kinds"
+                f"num_layers={self.num_layers} is less than layer_pattern's {len(self.layer_pattern)} kinds; shorten it"
             )
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise ValueError("layer_pattern has local layers, so sliding_window must be set")
@@ -211,6 +234,11 @@ class ModelConfig(Section):
         if self.num_dense_layers >= self.num_layers:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} leaves none of num_layers={self.num_layers} for experts"
+            )
+        if self.num_layers % len(self.layer_pattern):
+            raise ValueError(
+                f"num_layers={self.num_layers} is not a multiple of layer_pattern's {len(self.layer_pattern)} kinds, "
+                "which models with experts need"
             )
         if self.num_dense_layers % len(self.layer_pattern):
             raise ValueError(

@@ -131,7 +131,7 @@ def _attention_cycles(program: Program, chip: str) -> float | None:
     if model.attention_softcap is not None or model.dtype == "float32":
         return None
     T, runs, total = train.seq_len // shards, {"fwd": _attention_forwards(program), "dq": 1, "dkv": 1}, 0.0
-    for kind in model.layer_pattern:
+    for kind in set(model.layer_pattern):
         if kind == "local" and shards > 1:
             continue  # plain XLA, which the compiler has priced
         own = Mask(T, T, window=model.sliding_window if kind == "local" else None)
@@ -142,9 +142,8 @@ def _attention_cycles(program: Program, chip: str) -> float | None:
                 cycles = splash_blocks.cycles(chip, model.head_size, kernel, mask)
                 if cycles is None:
                     return None
-                total += cycles * count * times
-    heads = train.batch_size * model.num_heads * shards * model.num_layers / len(model.layer_pattern)
-    return total * heads / program.mesh.size
+                total += cycles * count * times * model.num_layers_of(kind)
+    return total * train.batch_size * model.num_heads * shards / program.mesh.size
 
 
 def _expert_flops(program: Program) -> float:

@@ -86,8 +86,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, adapters: int | None
 
 def attention_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """The part of train_flops_per_token that is no product with weights. Args and returns as there."""
-    repeats = model.num_layers // len(model.layer_pattern)
-    keys = repeats * sum(_mean_keys(model, kind, seq_len) for kind in model.layer_pattern)
+    keys = sum(model.num_layers_of(kind) * _mean_keys(model, kind, seq_len) for kind in set(model.layer_pattern))
     # q @ k and probabilities @ v: each a multiply-add per head, feature and key
     return 6 * 2 * model.num_heads * model.head_size * keys
 

@@ -92,7 +92,7 @@ class PipelinePasses(Passes):
         return Pipeline(
             self._schedule(mesh.pipeline, self.config.train.grad_accum),
             model.num_repeats,
-            self._block(whole.layers, "layers", model.num_dense_layers),
+            self._block(whole.layers, "layers", model.num_lead_layers),
             head,
             self._block(whole.dense_layers, LEAD, 0) if whole.dense_layers is not None else None,
             {name: d for name, d in self._dims.items() if name != "embed"},

@@ -21,7 +21,7 @@ from maxlm.checkpoint import Checkpoints
 from maxlm.cli import main
 from maxlm.config import CheckpointConfig
 from maxlm.convert.convert import from_hf, to_hf
-from maxlm.convert.families import FamilyError
+from maxlm.convert.families import FAMILIES, FamilyError
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import entries
 from maxlm.convert.parallel import run_all, transposed
@@ -69,7 +69,7 @@ def test_a_round_trip_gives_the_same_bits(name, tmp_path):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
     before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
     assert before.items() <= {**after, "torch_dtype": "bfloat16"}.items()
-    assert (after["torch_dtype"], after["architectures"]) == (dtype.name, [f"{done.family.capitalize()}ForCausalLM"])
+    assert (after["torch_dtype"], after["architectures"]) == (dtype.name, [FAMILIES[done.family].architecture])
     assert sorted(os.listdir(tmp_path)) == ["back", "hf", "ours"]
 
 

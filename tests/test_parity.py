@@ -108,6 +108,7 @@ GEMMA = {
     [
         ({"stage": 2, "fsdp": 2, "tensor": 2}, GEMMA, 4),
         ({"stage": 2, "data": 2, "fsdp": 2, "pipeline": "gpipe"}, GPT2, 4),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, {**GEMMA, "num_layers": 5}, 4),  # one layer more than repeats
         ({"stage": 4, "rounds": 2, "fsdp": 2}, {"num_layers": 8, "tie_embeddings": True}, 4),
         ({"stage": 4, "rounds": 2, "slices": 2}, {"num_layers": 7}, 2),
         ({"stage": 8}, {"num_layers": 8}, 1),

@@ -87,7 +87,8 @@ def from_hf(
         dtypes = _types_of_parameters(wanted, theirs, dtype)
         step = os.path.join(temporary, "checkpoints", "0")
         ours = parameters(model)
-        writer = ArrayWriter(step, {p: (dtypes[p], a.shape, len(a.shape) - len(a.own)) for p, a in ours.items()})
+        shares = _dims_of_slots(wanted, lambda path: len(ours[path].shape) - len(ours[path].own))
+        writer = ArrayWriter(step, {path: (dtypes[path], ours[path].shape, n) for path, n in shares.items()})
         total = _write_ours(writer, wanted, theirs, dtypes, console)
         companions = _write_beside(temporary, folder, tree, model)
         writer.finish({"model": model.model_dump(mode="json")})
@@ -127,8 +128,7 @@ def _write_ours(
 
     def convert(name: str) -> None:
         for part, values in by_name[name].to_ours(theirs.read(name)):
-            slot = () if part.slot is None else (part.slot,)
-            writer.write(part.path, slot, values.astype(dtypes[part.path], copy=False))
+            writer.write(part.path, part.slot, values.astype(dtypes[part.path], copy=False))
 
     total = sum(sizes.values())
     with track("convert", total, console=console) as advance:
@@ -273,7 +273,7 @@ def _write_theirs(
     with Writer(folder, planned, shard_bytes) as writer, track("convert", total, console=console) as advance:
         # all layers of a kind, one after another: they may be one chunk of the checkpoint
         run_all(((math.prod(e.shape) * types[e.name].itemsize, partial(convert, e)) for e in wanted), advance)
-        reader.check({path: len(shape) - own[path] for path, shape in reader.shapes.items()})
+        reader.check(_dims_of_slots(wanted, lambda path: len(reader.shapes[path]) - own[path]))
     return total
 
 
@@ -336,7 +336,8 @@ def check_arrays(reader: ArrayReader, model: ModelConfig, run: str) -> None:
             raise CheckpointError(f"the checkpoint of {run} has {path}, which is no parameter of its model")
         found, lead = reader.shapes[path], len(reader.shapes[path]) - len(ours[path].own)
         stacked = len(ours[path].shape) > len(ours[path].own)
-        fits = math.prod(found[:lead]) >= model.num_repeats and lead in (1, 3) if stacked else lead == 0
+        repeats = ours[path].shape[0] if stacked else 0
+        fits = math.prod(found[:lead]) >= repeats and lead in (1, 3) if stacked else lead == 0
         if found[lead:] != ours[path].own or not fits:
             raise CheckpointError(f"the checkpoint of {run}: {path} is {list(found)}, not {list(ours[path].shape)}")
         if reader.dtypes[path] not in DTYPES:
@@ -352,6 +353,11 @@ def _layer(entry: Entry) -> int:
 # ---- both
 
 
+def _dims_of_slots(wanted: Sequence[Entry], num_layer_dims: Callable[[str], int]) -> dict[str, int]:
+    """How many leading dims of a parameter lead to a share of it: those of layers, and that of experts."""
+    return {p.path: num_layer_dims(p.path) + len(p.slot[1:]) for entry in wanted for p in entry.parts}
+
+
 def _parts_read(reader: ArrayReader, model: ModelConfig) -> Callable[[Part], np.ndarray]:
     """Reads parts of a checkpoint, however its layers are stacked."""
     own = {path: parameter.own for path, parameter in parameters(model).items()}
@@ -359,8 +365,10 @@ def _parts_read(reader: ArrayReader, model: ModelConfig) -> Callable[[Part], np.
     def read(part: Part) -> np.ndarray:
         shape = reader.shapes[part.path]
         lead = shape[: len(shape) - len(own[part.path])]
-        slot = () if part.slot is None else tuple(int(i) for i in np.unravel_index(part.slot, lead))
-        return reader.read(part.path, slot)
+        if not part.slot:
+            return reader.read(part.path, ())
+        layer = tuple(int(i) for i in np.unravel_index(part.slot[0], lead))
+        return reader.read(part.path, (*layer, *part.slot[1:]))
 
     return read
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxlm import storage
-from maxlm.convert.families import FamilyError
+from maxlm.convert.keys import FamilyError
 from maxlm.convert.safetensors import SafetensorsError, read_json
 
 CONFIG = "config.json"

@@ -14,7 +14,7 @@ from maxlm.convert.families import Family, FamilyError
 from maxlm.convert.parallel import transposed
 from maxlm.leaves import map_paths, shapes_of
 from maxlm.mesh import make_mesh
-from maxlm.model.param import dims_of, sizes
+from maxlm.model.param import dims_of
 from maxlm.model.transformer import Transformer
 
 Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ class Part:
 
     Attributes:
         path: of the parameter, such as layers/0/attention/q.
-        slot: place in the stack of layers; None of what is not stacked.
+        slot: place in the stack of layers, and the expert's in the layer; () of what is whole.
         shape: of ours, padding included.
         apart: their dimensions, those that they join taken apart; without padding.
         joined: their shape.
@@ -52,7 +52,7 @@ class Part:
     """
 
     path: str
-    slot: int | None
+    slot: Shape
     shape: Shape
     apart: Shape
     joined: Shape
@@ -75,22 +75,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of theirs: its shape, and its parts, which follow one another along dimension 0."""
+    """A tensor of theirs: its shape, and its parts, which follow one another along dimension `axis`."""
 
     name: str
     shape: Shape
     parts: tuple[Part, ...]
+    axis: int = 0
 
     def to_ours(self, theirs: np.ndarray) -> list[tuple[Part, np.ndarray]]:
         """Each part and its values in our order."""
-        cuts = np.cumsum([part.joined[0] for part in self.parts])[:-1]
-        pieces = np.split(theirs, cuts) if len(self.parts) > 1 else [theirs]
+        cuts = np.cumsum([part.joined[self.axis] for part in self.parts])[:-1]
+        pieces = np.split(theirs, cuts, self.axis) if len(self.parts) > 1 else [theirs]
         return [(part, part.to_ours(x)) for part, x in zip(self.parts, pieces, strict=True)]
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Their tensor, of the values of each part."""
         pieces = [part.to_theirs(x) for part, x in zip(self.parts, ours, strict=True)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.axis)
 
 
 @functools.cache
@@ -114,19 +115,23 @@ def entries(family: Family, model: ModelConfig) -> list[Entry]:
     for row in family.rows:
         stacked = "*" in row.parts[0][0]
         for layer in range(model.num_layers) if stacked else [0]:
-            kind, slot = layer % len(model.layer_pattern), layer // len(model.layer_pattern)
-            paths = [path.replace("*", str(kind)) for path, _ in row.parts]
+            stack, slot = _place(layer, model) if stacked else ("", ())
+            paths = [path.replace("layers/*", stack) for path, _ in row.parts]
             present = [path in ours for path in paths]
             if not any(present):
                 continue
             if not all(present):
                 raise FamilyError(f"{family.model_type} joins {paths[0]} with {paths[present.index(False)]}")
-            parts = tuple(
-                _part(path, ours[path], dims, slot if stacked else None, model)
-                for path, (_, dims) in zip(paths, row.parts, strict=True)
-            )
-            rows = sum(part.joined[0] for part in parts)
-            found.append(Entry(row.theirs.format(layer), (rows, *parts[0].joined[1:]), parts))
+            is_split = "E" in ours[paths[0]].dims and "E" not in row.parts[0][1]
+            for expert in range(model.num_experts or 0) if is_split else [None]:
+                share = slot if expert is None else (*slot, expert)
+                parts = tuple(
+                    _part(path, ours[path], dims, share, model)
+                    for path, (_, dims) in zip(paths, row.parts, strict=True)
+                )
+                shape = list(parts[0].joined)
+                shape[row.axis] = sum(part.joined[row.axis] for part in parts)
+                found.append(Entry(row.theirs.format(layer, expert), tuple(shape), parts, row.axis))
     placed = {part.path for entry in found for part in entry.parts}
     if left := [path for path in ours if path not in placed]:
         raise FamilyError(f"{family.model_type} has no tensor for the parameter {left[0]}")
@@ -166,10 +171,21 @@ def _turned(x: np.ndarray, order: Shape) -> np.ndarray:
     return x.transpose(order)
 
 
-def _part(path: str, ours: Parameter, dims: str, slot: int | None, model: ModelConfig) -> Part:
-    size = {**sizes(model), "V": model.vocab_size}
+def _place(layer: int, model: ModelConfig) -> tuple[str, Shape]:
+    """Where a layer is: its stack and place in the pattern, and the repeat."""
+    lead = model.num_lead_layers
+    name, pattern = ("dense_layers", model.lead_pattern) if layer < lead else ("layers", model.main_pattern)
+    repeat, kind = divmod(layer if layer < lead else layer - lead, len(pattern))
+    return f"{name}/{kind}", (repeat,)
+
+
+def _part(path: str, ours: Parameter, dims: str, slot: Shape, model: ModelConfig) -> Part:
+    own = dict(zip(ours.dims, ours.own, strict=True))
     letters = dims.replace("(", "").replace(")", "")
-    assert sorted(letters) == sorted(ours.dims), (path, dims, ours.dims)
+    if "E" not in letters and len(slot) == 2:
+        del own["E"]
+    assert sorted(letters) == sorted(own), (path, dims, ours.dims)
+    size = {**own, "V": model.vocab_size}
     joined, inside = list[int](), False
     for letter in dims:
         if letter in "()":
@@ -179,6 +195,6 @@ def _part(path: str, ours: Parameter, dims: str, slot: int | None, model: ModelC
             joined[-1] *= size[letter]
         else:
             joined.append(size[letter])
-    apart, order = tuple(size[d] for d in letters), tuple(letters.index(d) for d in ours.dims)
+    apart, order = tuple(size[d] for d in letters), tuple(letters.index(d) for d in own)
     assert math.prod(joined) == math.prod(apart)
-    return Part(path, slot, ours.own, apart, tuple(joined), order)
+    return Part(path, slot, tuple(own.values()), apart, tuple(joined), order)

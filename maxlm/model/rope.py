@@ -10,7 +10,7 @@ def rope(
     positions_BT: jax.Array,
     theta: float,
     fraction: float = 1.0,
-    scaling: tuple[float, float, float, int] | None = None,
+    scaling: tuple[float, float, float, int | None] | None = None,
 ) -> jax.Array:
     """Rotates the first `fraction` of each head's features by angles that grow with the position.
 
@@ -42,7 +42,7 @@ def rope(
     return turned.astype(x_BTNH.dtype)
 
 
-def scaled(frequency: np.ndarray, factor: float, low: float, high: float, positions: int) -> np.ndarray:
+def scaled(frequency: np.ndarray, factor: float, low: float, high: float, positions: int | None) -> np.ndarray:
     """Frequencies for longer contexts than a model was trained on (Llama 3, arXiv:2407.21783, section 3.4).
 
     Args:
@@ -50,7 +50,10 @@ def scaled(frequency: np.ndarray, factor: float, low: float, high: float, positi
         factor: what the frequencies of long waves are divided by.
         low: waves that fit at most so often into `positions` are long.
         high: those that fit at least so often stay as they are; between the two it changes evenly.
-        positions: context that the model was trained on, in tokens.
+        positions: context that the model was trained on, in tokens; None: all waves are long (linear scaling,
+            arXiv:2306.15595).
     """
+    if positions is None:
+        return frequency / factor
     short = np.clip((positions * frequency / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
     return frequency * (short + (1 - short) / factor)

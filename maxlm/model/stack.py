@@ -1,7 +1,7 @@
 """The plain layer stack: one scan over repeats of the layer pattern, each repeat rematerialized as configured."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,19 +114,24 @@ class Block(nnx.Module):
 
 
 def make_layers(
-    key: jax.Array, config: ModelConfig, num_layers: int, dense: bool, shape: tuple[int, ...] | None = None
+    key: jax.Array,
+    config: ModelConfig,
+    pattern: Sequence[str],
+    repeats: int,
+    dense: bool,
+    shape: tuple[int, ...] | None = None,
 ) -> nnx.Dict:
-    """Blocks of each position in the layer pattern, stacked over its repeats: parameters gain leading dims.
+    """Blocks of each position in a pattern of layers, stacked over its repeats: parameters gain leading dims.
 
     Args:
         key: PRNG key.
         config: the model.
-        num_layers: blocks of this stack, a multiple of the pattern's length.
+        pattern: kinds of layers.
+        repeats: of the pattern.
         dense: they have a dense MLP, not experts.
         shape: default (L,), the repeats of the pattern; (R, P, K) for a pipeline, where the stack may be longer than
             it has repeats: what fills it up is never run.
     """
-    pattern, repeats = config.layer_pattern, num_layers // len(config.layer_pattern)
     shape = shape or (repeats,)
     keys = jax.random.split(key, (len(pattern), repeats))
     filled = keys[:, jnp.arange(math.prod(shape)) % repeats].reshape(len(pattern), *shape)

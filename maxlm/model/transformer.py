@@ -35,9 +35,10 @@ class Transformer(nnx.Module):
         self.embed = normal(embed_key, "VD", config, config.init_std)
         learned = config.position == "learned"
         self.positions = normal(position_key, "TD", config, config.init_std) if learned else None
-        dense, rest = config.num_dense_layers, config.num_layers - config.num_dense_layers
-        self.dense_layers = make_layers(jax.random.fold_in(layer_key, 0), config, dense, True) if dense else None
-        self.layers = make_layers(layer_key, config, rest, config.num_experts is None, stack_shape)
+        lead, pattern, dense = config.num_lead_layers, config.lead_pattern, config.num_experts is None
+        lead_key = jax.random.fold_in(layer_key, 0)
+        self.dense_layers = make_layers(lead_key, config, pattern, lead // len(pattern), True) if lead else None
+        self.layers = make_layers(layer_key, config, config.main_pattern, config.num_repeats, dense, stack_shape)
         self.final_norm = Norm(config)
         self.unembed = None if config.tie_embeddings else normal(head_key, "DV", config, config.d_model**-0.5)
 
@@ -64,7 +65,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embedded(tokens_BT, positions_BT, drop)
         if self.dense_layers is not None:
             x_BTD, _ = stack(self.dense_layers, x_BTD, positions_BT, segments_BT, 0)
-        return stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_dense_layers)
+        return stack(self.layers, x_BTD, positions_BT, segments_BT, self.config.num_lead_layers)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, drop: Drop = keep_all, dims: str = "BT") -> jax.Array:
         """What enters the layers.
