@@ -128,6 +128,52 @@ PHI3 = Family(
         Window(),
     ),
 )
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    (
+        *LLAMA.rows,
+        row("model.layers.{}.block_sparse_moe.gate.weight", "layers/*/moe/router/weight", "XD"),
+        row("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", "layers/*/moe/gate", "FD"),
+        row("model.layers.{}.block_sparse_moe.experts.{}.w3.weight", "layers/*/moe/up", "FD"),
+        row("model.layers.{}.block_sparse_moe.experts.{}.w2.weight", "layers/*/moe/down", "DF"),
+    ),
+    (
+        *(*SHAPES, ACTIVATION, UNTIED, Key("rms_norm_eps", "norm_eps", 1e-5)),
+        Rope(theta=1_000_000.0),
+        Key("num_key_value_heads", "num_kv_heads", 8),
+        Key("head_dim", "head_dim", None),
+        Key("num_local_experts", "num_experts", 8),
+        Key("num_experts_per_tok", "experts_per_token", 2),
+        Window(),
+    ),
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    (
+        *LLAMA.rows,
+        row("model.layers.{}.mlp.gate.weight", "layers/*/moe/router/weight", "XD"),
+        row("model.layers.{}.mlp.experts.{}.gate_proj.weight", "layers/*/moe/gate", "FD"),
+        row("model.layers.{}.mlp.experts.{}.up_proj.weight", "layers/*/moe/up", "FD"),
+        row("model.layers.{}.mlp.experts.{}.down_proj.weight", "layers/*/moe/down", "DF"),
+    ),
+    (
+        *SIZES,
+        Rope(),
+        Key("num_key_value_heads", "num_kv_heads", 4),
+        Key("head_dim", "head_dim", None),
+        Key("attention_bias", "attention_bias", False, BIASES),
+        Key("num_experts", "num_experts", 128),
+        Key("num_experts_per_tok", "experts_per_token", 8),
+        Key("moe_intermediate_size", "expert_d_ff", 768),
+        Key("norm_topk_prob", "router_normalize", False),
+        Only("decoder_sparse_step", 1),
+        Only("mlp_only_layers", [], (None,)),
+        Only("use_sliding_window", False),
+    ),
+    (("qk_norm", True),),
+)
 GEMMA_PARTS = (
     *SHAPES,
     NORM_EPS,
@@ -183,7 +229,8 @@ GEMMA3 = Family(
     (*GEMMA2.fields, ("qk_norm", True)),
 )
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 }
 REFUSED = {"gemma3": "is a model of images and text; take its text model, which is gemma3_text"}
 """Families that look like others and are not."""
