@@ -27,6 +27,7 @@ GEMMA3 = {
     "num_hidden_layers": 8,
     "head_dim": 10,
     "sliding_window": 5,
+    "rms_norm_eps": 0.1,  # of small models: a norm of little magnifies what float32 rounds
     "rope_local_base_freq": 10.0,
     "query_pre_attn_scalar": 30,
 }
