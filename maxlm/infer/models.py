@@ -36,8 +36,8 @@ from maxlm.model.transformer import Transformer
 from maxlm.sharding import param_spec, put_layer, weight_dtype
 
 Dtype = Literal["float32", "bfloat16"]
-Piece = tuple[str, int | None, np.ndarray]
-"""Path of a parameter, place in its stack of layers (None: it has none), values."""
+Piece = tuple[str, tuple[int, ...], np.ndarray]
+"""Path of a parameter, place in its stack of layers and maybe the expert's in its layer (mapping.Part.slot), values."""
 FEW_TOKENS = 2048
 """Context of a model of which nothing says it."""
 
@@ -201,11 +201,11 @@ def _read_checkpoint(
         for path, shape in reader.shapes.items():
             lead = leading[path] = len(shape) - own[path]
             if not lead:
-                yield path, None, reader.read(path, ())
+                yield path, (), reader.read(path, ())
             # what fills up the end of a pipeline's stack is left out
             for slot in range(model.num_repeats if path.startswith("layers/") else shape[0]) if lead else ():
                 at = tuple(int(i) for i in np.unravel_index(slot, shape[:lead]))
-                yield path, slot, reader.read(path, at)
+                yield path, (slot,), reader.read(path, at)
 
     model, mesh = _placed(model, config, dtype)
     own = {path: len(dims) for path, (dims, _) in _layout(model, mesh).items()}
@@ -253,16 +253,30 @@ def _on_devices(model: ModelConfig, mesh: Mesh, pieces: Iterator[Piece]) -> dict
     layout, arrays = _layout(model, mesh), dict[str, jax.Array]()
     put = jax.jit(partial(put_layer, add=False), donate_argnums=0)
     with jax.set_mesh(mesh):
-        for path, slot, values in pieces:
+        for path, slot, values in _whole_layers(layout, pieces):
             dims, shape = layout[path]
             values = np.asarray(values).astype(weight_dtype(dims, jnp.dtype(model.dtype)), copy=False)
             place = NamedSharding(mesh, param_spec(dims))
             piece = jax.make_array_from_callback(values.shape, place, lambda at, values=values: values[at])
-            if slot is None:
+            if not slot:
                 arrays[path] = piece
                 continue
             if path not in arrays:
                 whole = NamedSharding(mesh, param_spec("L" + dims))
                 arrays[path] = jax.jit(partial(jnp.zeros, shape, piece.dtype), out_shardings=whole)()
-            arrays[path] = put(arrays[path], jnp.asarray(slot, jnp.int32), piece)
+            arrays[path] = put(arrays[path], jnp.asarray(slot[0], jnp.int32), piece)
         return map_paths(lambda path, _: arrays[path], nnx.to_pure_dict(_shapes(model, mesh)))
+
+
+def _whole_layers(layout: Mapping[str, tuple[str, tuple[int, ...]]], pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces, those of experts joined to layers: their axis may be split over devices."""
+    open_layers = dict[tuple[str, int], list[Any]]()
+    for path, slot, values in pieces:
+        if len(slot) < 2:
+            yield path, slot, values
+            continue
+        layer, expert = slot
+        experts = open_layers.setdefault((path, layer), [None] * layout[path][1][1])
+        experts[expert] = values
+        if not any(x is None for x in experts):
+            yield path, (layer,), np.stack(open_layers.pop((path, layer)))
