@@ -318,3 +318,18 @@ def test_a_job_that_fails_ends_those_that_have_not_begun():
     with pytest.raises(OSError, match="no space"):
         run_all(((1 << 40, lambda i=i: job(i)) for i in range(9)), done.append)  # each alone: larger than the limit
     assert (begun, len(done)) == ([0, 1, 2, 3], 4)
+
+
+def test_names_without_their_prefix_and_buffers_are_understood(tmp_path):
+    """The first GPT-2 files were of the model without its head, and held the causal mask."""
+    tensors = write_model(tmp_path / "hf", "gpt2")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "bare")
+    bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+    bare |= {f"h.{i}.attn.bias": np.ones((1, 1, 40, 40), np.float32) for i in range(4)}
+    with Writer(str(tmp_path / "bare"), {k: (v.dtype, v.shape) for k, v in bare.items()}) as writer:
+        for name, values in bare.items():
+            writer.write(name, values)
+    from_hf(str(tmp_path / "bare"), str(tmp_path / "ours"), verify=True)
+    to_hf(str(tmp_path / "ours"), str(tmp_path / "back"))
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")

@@ -33,10 +33,6 @@ from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
 from maxlm.progress import track
 
-BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors of old files that are computed from the config."""
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 
 @dataclass(frozen=True)
 class Converted:
@@ -108,8 +104,10 @@ def accounted(tree: Mapping[str, Any], theirs: Folder) -> tuple[Family, ModelCon
     family, model = _model_of(tree, os.path.join(folder, folders.CONFIG))
     _check_sizes(model, theirs, folder)
     wanted = entries(family, model)
-    _check_head(model, theirs, folder)
-    found = {n: t.shape for n, t in theirs.tensors.items() if not BUFFERS.fullmatch(n) and not _is_tied(model, n)}
+    theirs.rename(family.full_name(theirs.tensors))
+    _check_head(family, model, theirs, folder)
+    unasked = re.compile(family.buffers + (f"|{re.escape(family.head)}" if model.tie_embeddings else ""))
+    found = {name: tensor.shape for name, tensor in theirs.tensors.items() if not unasked.fullmatch(name)}
     check_tensors(wanted, found, folder)
     folders.check_tokenizer(folder, model.vocab_size)
     return family, model, wanted
@@ -158,17 +156,14 @@ def _check_sizes(model: ModelConfig, theirs: Folder, folder: str) -> None:
             raise FamilyError(f"{folder}: config.json has {name}={size}, more than its tensors can be")
 
 
-def _is_tied(model: ModelConfig, name: str) -> bool:
-    return model.tie_embeddings and name == HEAD
-
-
-def _check_head(model: ModelConfig, theirs: Folder, folder: str) -> None:
+def _check_head(family: Family, model: ModelConfig, theirs: Folder, folder: str) -> None:
     """Of tied embeddings, files may hold both, if they are the same."""
-    if model.tie_embeddings and HEAD in theirs.tensors and EMBED in theirs.tensors:
-        a, b = theirs.tensors[HEAD], theirs.tensors[EMBED]
+    head, table = family.head, family.embedding
+    if model.tie_embeddings and head in theirs.tensors and table in theirs.tensors:
+        a, b = theirs.tensors[head], theirs.tensors[table]
         same = (a.dtype, a.shape) == (b.dtype, b.shape)
-        if not same or theirs.read(HEAD).tobytes() != theirs.read(EMBED).tobytes():
-            raise FamilyError(f"{folder}: {HEAD} differs from {EMBED}, and config.json says tie_word_embeddings=true")
+        if not same or theirs.read(head).tobytes() != theirs.read(table).tobytes():
+            raise FamilyError(f"{folder}: {head} differs from {table}, and config.json says tie_word_embeddings=true")
 
 
 def _types_of_parameters(wanted: Sequence[Entry], theirs: Folder, dtype: str | None) -> dict[str, np.dtype]:
@@ -242,7 +237,7 @@ def to_hf(
     folders.check_tokenizer(beside, model.vocab_size)
     with folders.new_folder(out) as temporary:
         total = _write_theirs(temporary, wanted, types, reader, model, shard_bytes, console)
-        config = {**_context(reader), **tree, "torch_dtype": types[wanted[0].name].name}
+        config = {**_context(reader, model), **tree, "torch_dtype": types[wanted[0].name].name}
         folders.write_text(os.path.join(temporary, folders.CONFIG), folders.to_json(config))
         companions = folders.copy_companions(beside, temporary) if beside else []
         if verify:
@@ -277,8 +272,10 @@ def _write_theirs(
     return total
 
 
-def _context(reader: ArrayReader) -> dict[str, Any]:
+def _context(reader: ArrayReader, model: ModelConfig) -> dict[str, Any]:
     """What a run was trained for, where nothing else says it."""
+    if model.position == "learned":
+        return {}
     train = reader.manifest.run.get("train")
     return {"max_position_embeddings": train["seq_len"]} if isinstance(train, dict) and "seq_len" in train else {}
 
@@ -347,7 +344,7 @@ def check_arrays(reader: ArrayReader, model: ModelConfig, run: str) -> None:
 def _layer(entry: Entry) -> int:
     """Of the files' order: embeddings, then layer by layer, then the rest."""
     number = re.search(r"\.(\d+)\.", entry.name)
-    return int(number[1]) if number else -1 if entry.name == EMBED else 1 << 62
+    return int(number[1]) if number else -1 if entry.parts[0].path in ("embed", "positions") else 1 << 62
 
 
 # ---- both

@@ -10,7 +10,7 @@ from typing import Any
 
 from maxlm.config_model import ModelConfig
 from maxlm.convert.family import Family, Row, row
-from maxlm.convert.keys import FamilyError, Key, Layers, Only, QueryScale, RootScale, Rope, Tree, Window, short
+from maxlm.convert.keys import FamilyError, Key, Layers, Only, QueryScale, RootScale, Rope, Tree, Widened, Window, short
 
 # ---- tensors
 
@@ -228,9 +228,58 @@ GEMMA3 = Family(
     ),
     (*GEMMA2.fields, ("qk_norm", True)),
 )
+GPT2_INPUTS = (("q", "D(NH)"), ("k", "D(KH)"), ("v", "D(KH)"))
+GPT2_ACTIVATIONS = (("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"), ("relu", "relu"))
+GPT2_LAYER = {  # matrices are [in, out]
+    "ln_1": ("attention_norm", "weight", "D", "bias"),
+    "attn.c_proj": ("attention", "o", "(NH)D", "o_bias"),
+    "ln_2": ("mlp_norm", "weight", "D", "bias"),
+    "mlp.c_fc": ("mlp", "up", "DF", "up_bias"),
+    "mlp.c_proj": ("mlp", "down", "FD", "down_bias"),
+}
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    (
+        row("transformer.wte.weight", "embed", "VD"),
+        row("transformer.wpe.weight", "positions", "TD"),
+        row("transformer.ln_f.weight", "final_norm/weight", "D"),
+        row("transformer.ln_f.bias", "final_norm/bias", "D"),
+        row("lm_head.weight", "unembed", "VD"),
+        Row("transformer.h.{}.attn.c_attn.weight", tuple((f"layers/*/attention/{m}", d) for m, d in GPT2_INPUTS), 1),
+        Row(
+            "transformer.h.{}.attn.c_attn.bias",
+            tuple((f"layers/*/attention/{m}_bias", d[1:]) for m, d in GPT2_INPUTS),
+        ),
+        *(row(f"transformer.h.{{}}.{n}.weight", f"layers/*/{p}/{w}", d) for n, (p, w, d, _) in GPT2_LAYER.items()),
+        *(row(f"transformer.h.{{}}.{n}.bias", f"layers/*/{p}/{b}", d[-1]) for n, (p, _, d, b) in GPT2_LAYER.items()),
+    ),
+    (
+        Key("vocab_size", "vocab_size"),
+        Key("n_embd", "d_model"),
+        Widened("n_inner", "d_ff", "n_embd", 4),
+        Key("n_layer", "num_layers"),
+        Key("n_head", "num_heads"),
+        Key("n_positions", "max_positions", 1024),
+        Key("layer_norm_epsilon", "norm_eps", 1e-5),
+        Key("activation_function", "activation", "gelu_new", GPT2_ACTIVATIONS),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+        Only("scale_attn_weights", True),
+        Only("scale_attn_by_inverse_layer_idx", False),
+        Only("reorder_and_upcast_attn", False),
+        Only("add_cross_attention", False),
+        Only("quantization_config", None),
+    ),
+    (
+        *(("norm", "layer"), ("norm_bias", True), ("position", "learned")),
+        *(("mlp", "plain"), ("mlp_bias", True), ("attention_bias", "all")),
+    ),
+    prefix="transformer.",
+    buffers=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
+)
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, GPT2)
 }
 REFUSED = {"gemma3": "is a model of images and text; take its text model, which is gemma3_text"}
 """Families that look like others and are not."""

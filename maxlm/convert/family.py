@@ -5,6 +5,7 @@ in one dimension. Our order is that of the parameter's own letters (model/attent
 the reshape and the transpose, in both directions. A tensor that is several of our parameters names them all.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class Family:
         rows: its tensors; those whose parameters a model has not are left out.
         parts: of its config.
         fields: what its models have in common, of ours.
+        prefix: of tensors' names; files may leave it out of all that have it.
+        buffers: regular expression of the names of tensors that files may hold and that the config says.
     """
 
     model_type: str
@@ -54,6 +57,28 @@ class Family:
     rows: tuple[Row, ...]
     parts: tuple[Part, ...]
     fields: tuple[tuple[str, Any], ...] = ()
+    prefix: str = "model."
+    buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+    @property
+    def embedding(self) -> str:
+        """Name of the table of embeddings."""
+        return self._holding("embed")
+
+    @property
+    def head(self) -> str:
+        """Name of the output projection, which files of tied embeddings may leave out."""
+        return self._holding("unembed")
+
+    def full_name(self, names: Collection[str]) -> Callable[[str], str]:
+        """Puts the prefix before the names of a file's tensors, if it has been left out."""
+        if any(name.startswith(self.prefix) for name in names):
+            return lambda name: name
+        outside = {row.theirs for row in self.rows if not row.theirs.startswith(self.prefix)}
+        return lambda name: name if name in outside else self.prefix + name
+
+    def _holding(self, ours: str) -> str:
+        return next(row.theirs for row in self.rows if row.parts[0][0] == ours)
 
     def read_config(self, tree: Tree) -> ModelConfig:
         """Our model config of their config.json.

@@ -195,6 +195,31 @@ def shortest_pattern(pattern: Sequence[str], num_layers: int) -> tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Widened:
+    """A width that is so many times another where the key is not there.
+
+    Attributes:
+        theirs, ours: their names.
+        of: key of the other width.
+        times: how many times.
+    """
+
+    theirs: str
+    ours: str
+    of: str
+    times: int
+
+    def read(self, tree: Tree) -> dict[str, Any]:
+        """See Part."""
+        value, width = tree.get(self.theirs), tree.get(self.of)
+        return {self.ours: self.times * width if value is None and type(width) is int else value}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """See Part."""
+        return {self.theirs: getattr(model, self.ours)}
+
+
+@dataclass(frozen=True)
 class RootScale:
     """Embeddings are multiplied by the root of the width, about which config.json says nothing."""
 

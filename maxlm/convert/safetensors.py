@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -153,7 +153,7 @@ class Folder:
             FileNotFoundError: there is neither a safetensors file nor an index.
             SafetensorsError: a file is damaged, the index names one outside the folder, or they do not agree.
         """
-        self.path, self._files = path, dict[str, File]()
+        self.path, self._files, self._own = path, dict[str, File](), dict[str, str]()
         names = _listed(path)
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
@@ -178,7 +178,13 @@ class Folder:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor; errors as those of File.read."""
-        return self._files[self._places[name]].read(name)
+        return self._files[self._places[name]].read(self._own.get(name, name))
+
+    def rename(self, new: Callable[[str], str]) -> None:
+        """Gives each tensor another name, by which it is known from now on."""
+        self._own = {new(name): self._own.get(name, name) for name in self.tensors}
+        self._places = {new(name): place for name, place in self._places.items()}
+        self.tensors = {new(name): tensor for name, tensor in self.tensors.items()}
 
     def in_order(self) -> list[str]:
         """Names of the tensors in the order in which a disk reads them best."""
