@@ -44,7 +44,10 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every norm.")
     norm_bias: bool = Field(False, description="LayerNorm has a bias.")
     norm_offset: bool = Field(False, description="The norm's weight is stored as an offset from one (Gemma).")
-    qk_norm: bool = Field(False, description="Normalize queries and keys per head before attention.")
+    qk_norm: bool = Field(False, description="Normalize queries and keys before attention.")
+    qk_norm_span: Literal["head", "all"] = Field(
+        "head", description="With qk_norm: each head by itself, or all heads of a token together (OLMo 2)."
+    )
 
     position: Literal["rope", "learned", "none"] = Field("rope", description="Position encoding.")
     rope_theta: float = Field(10_000.0, gt=0, description="RoPE base wavelength, in tokens / 2 pi.")

@@ -41,7 +41,8 @@ def num_params(model: ModelConfig) -> dict[str, int]:
     num_up = 2 if model.mlp == "gated" else 1
     mlp_bias = num_up * F + D if model.mlp_bias else 0
     per_norm = 2 if model.norm_bias else 1
-    norms_per_layer = (4 if model.norm_position == "both" else 2) * D + (2 * H if model.qk_norm else 0)
+    qk_norms = 0 if not model.qk_norm else 2 * H if model.qk_norm_span == "head" else (N + K) * H
+    norms_per_layer = (4 if model.norm_position == "both" else 2) * D + qk_norms
     parts = {
         "embedding": V * D,
         "positions": (model.max_positions or 0) * D if learned else 0,

@@ -56,6 +56,7 @@ CASES = {  # config.json of a small model of each kind
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
     },
+    "olmo2": {"model_type": "olmo2", **SIZES},
     "gpt2": {
         "model_type": "gpt2",
         "vocab_size": 250,

@@ -66,6 +66,7 @@ def test_gpt2_has_its_published_parameters():
         {"mlp": "plain", "mlp_bias": True, "attention_bias": "qkv"},
         {"mlp_bias": True, "attention_bias": "all", "norm_position": "both"},
         {"norm": "layer", "norm_bias": True, "qk_norm": True, "norm_position": "post"},
+        {"qk_norm": True, "qk_norm_span": "all"},
         {"position": "learned", "max_positions": 17, "num_kv_heads": None},
         {"num_experts": 4, "experts_per_token": 2, "expert_d_ff": 12, "num_dense_layers": 1, "router_bias_rate": 0.01},
         {"num_experts": 4, "experts_per_token": 1, "router_normalize": False, "num_shared_experts": 2, "mlp": "plain"},

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.long
 
 SIZES = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 6, "d_model": 24, "d_ff": 40, "vocab_multiple": 8}
 FEW_HEADS = {"num_kv_heads": 2, "attention_bias": "all", "qk_norm": True}
+ALL_HEADS = {"qk_norm": True, "qk_norm_span": "all", "norm_position": "post"}  # OLMo 2
 GPT2 = {
     "num_layers": 4,
     "norm": "layer",
@@ -69,6 +70,8 @@ def compare(mesh, model=None, **train):
         ({"fsdp": 8}, {}),
         ({"tensor": 8}, {}),
         ({"tensor": 4}, FEW_HEADS),
+        ({"tensor": 4, "fsdp": 2}, ALL_HEADS),
+        ({"tensor": 4, "data": 2}, {**FEW_HEADS, **ALL_HEADS}),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
         ({"slices": 2, "fsdp": 4}, {}),
         ({"slices": 2, "data": 2, "tensor": 2}, FEW_HEADS),
@@ -112,6 +115,7 @@ GEMMA = {
         ({"stage": 4, "rounds": 2, "fsdp": 2}, {"num_layers": 8, "tie_embeddings": True}, 4),
         ({"stage": 4, "rounds": 2, "slices": 2}, {"num_layers": 7}, 2),
         ({"stage": 8}, {"num_layers": 8}, 1),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, {**ALL_HEADS, "num_layers": 4}, 2),
         ({"stage": 2, "context": 2, "tensor": 2}, {**WINDOW, **FEW_HEADS}, 2),
     ],
     ids=str,

@@ -228,6 +228,26 @@ GEMMA3 = Family(
     ),
     (*GEMMA2.fields, ("qk_norm", True)),
 )
+OLMO2 = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    (
+        *EMBEDDINGS,
+        row("model.layers.{}.post_attention_layernorm.weight", "layers/*/attention_post_norm/weight", "D"),
+        row("model.layers.{}.post_feedforward_layernorm.weight", "layers/*/mlp_post_norm/weight", "D"),
+        *(r for r in INPUTS if "_norm" not in r.theirs),
+        row("model.layers.{}.self_attn.q_norm.weight", "layers/*/attention/q_norm/weight", "(NH)"),
+        row("model.layers.{}.self_attn.k_norm.weight", "layers/*/attention/k_norm/weight", "(KH)"),
+        *OUTPUTS,
+    ),
+    (
+        *(*SHAPES, ACTIVATION, UNTIED, Key("rms_norm_eps", "norm_eps", 1e-5)),
+        Rope(),
+        Key("num_key_value_heads", "num_kv_heads", None),
+        Key("attention_bias", "attention_bias", False, BIASES),
+    ),
+    (("norm_position", "post"), ("qk_norm", True), ("qk_norm_span", "all")),
+)
 GPT2_INPUTS = (("q", "D(NH)"), ("k", "D(KH)"), ("v", "D(KH)"))
 GPT2_ACTIVATIONS = (("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"), ("relu", "relu"))
 GPT2_LAYER = {  # matrices are [in, out]
@@ -279,7 +299,7 @@ GPT2 = Family(
 )
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, GPT2)
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, OLMO2, GPT2)
 }
 REFUSED = {"gemma3": "is a model of images and text; take its text model, which is gemma3_text"}
 """Families that look like others and are not."""

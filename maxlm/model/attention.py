@@ -35,8 +35,9 @@ class Attention(nnx.Module):
         self.k_bias = constant(f"{kv}H", config, 0.0) if biased else None
         self.v_bias = constant(f"{kv}H", config, 0.0) if biased else None
         self.o_bias = constant("D", config, 0.0) if config.attention_bias == "all" else None
-        self.q_norm = Norm(config, "H") if config.qk_norm else None
-        self.k_norm = Norm(config, "H") if config.qk_norm else None
+        q_dims, k_dims = ("H", "H") if config.qk_norm_span == "head" else ("NH", f"{kv}H")
+        self.q_norm = Norm(config, q_dims) if config.qk_norm else None
+        self.k_norm = Norm(config, k_dims) if config.qk_norm else None
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, kernel: AttentionKernel
