@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from maxlm.convert.convert import from_hf, to_hf
 from maxlm.convert.families import FAMILIES, FamilyError
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import entries
-from maxlm.convert.parallel import run_all, transposed
+from maxlm.convert.parallel import BAND, bands, contiguous, run_all
 from maxlm.convert.safetensors import INDEX, SINGLE, Folder, SafetensorsError
 from maxlm.convert.safetensors_writer import Writer
 from maxlm.data.tokenizer import train_bpe
@@ -223,7 +224,7 @@ def test_damage_is_found(tmp_path):
 def test_what_is_interrupted_leaves_no_folder(way, tmp_path, monkeypatch):
     write_model(tmp_path / "hf")
     from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
-    kind, method = (convert_module.ArrayWriter, "write") if way == "from" else (convert_module.Writer, "write")
+    kind, method = (convert_module.ArrayWriter, "write") if way == "from" else (convert_module.Writer, "write_pieces")
     before, calls = getattr(kind, method), []
 
     def write(self, *args):
@@ -289,12 +290,16 @@ def test_transformers_loads_what_a_run_gives(tmp_path):
     assert torch.equal(peer(input_ids=ids).logits, logits[1])
 
 
-@pytest.mark.parametrize("shape", [(1000, 777), (2051, 513), (3, 5), (700_001, 1), (0, 4)])
+@pytest.mark.parametrize("shape", [(1000, 777), (2051, 51, 10), (3, 5), (700_001, 1), (0, 4), (6, 500, 301)])
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
-def test_transposes(shape, dtype):
+def test_an_array_of_any_strides_is_made_contiguous(shape, dtype):
     x = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-    for given in (x, x[:, ::-1]):
-        assert transposed(given).tobytes() == np.ascontiguousarray(given.T).tobytes()
+    orders = list(itertools.permutations(range(x.ndim)))
+    for given in [*(x.transpose(order) for order in orders), x[:, ::-1].swapaxes(0, 1), x[1:, 1:].swapaxes(0, 1)]:
+        assert contiguous(given).tobytes() == given.tobytes()
+        pieces = list(bands(given))
+        assert b"".join(piece.tobytes() for piece in pieces) == given.tobytes()
+        assert all(piece.flags.c_contiguous and piece.nbytes <= max(BAND, given[:1].nbytes) for piece in pieces)
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32), np.dtype(np.int8)], ids=str)

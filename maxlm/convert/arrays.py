@@ -4,6 +4,7 @@ What is written is a folder that Orbax reads: a zarr array for each parameter, u
 less, and maxlm's manifest, written last. What is read may also be what Orbax wrote, on any mesh.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,7 @@ import tensorstore as ts
 from blake3 import blake3
 
 from maxlm import manifest
+from maxlm.convert.parallel import bands
 from maxlm.convert.safetensors_writer import allocate
 from maxlm.fingerprint import Running
 from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
@@ -65,17 +67,19 @@ class ArrayWriter:
         dtype, shape, num_layer_dims = self._arrays[path]
         own = shape[num_layer_dims:]
         assert (values.dtype, values.shape) == (dtype, own), (path, values.dtype, values.shape)
-        values = np.ascontiguousarray(values)
         at = int(np.ravel_multi_index(slot, shape[:num_layer_dims])) if slot else 0
-        found = Running()
-        found.add(values, at * math.prod(own))
-        rows = self._chunks[path][num_layer_dims] if own else 1
-        for i in range(0, own[0] if own else 1, rows):
-            name = [*slot, *([i // rows, *[0] * (len(own) - 1)] if own else [])]
-            data = (values[i : i + rows] if own else values).reshape(-1).view(np.uint8).data
-            place = self._place(path, ".".join(map(str, name)))
-            _write(os.path.join(self._folder, place), data)
-            self._files[place] = FileRecord(len(data), blake3(data).hexdigest())
+        found, done, rows = Running(), at * math.prod(own), self._chunks[path][num_layer_dims]
+        for i in range(0, own[0], rows):
+            place = self._place(path, ".".join(map(str, [*slot, i // rows, *[0] * (len(own) - 1)])))
+            digest, size = blake3(), 0
+            with _new_file(os.path.join(self._folder, place), values[i : i + rows].nbytes) as put:
+                for band in bands(values[i : i + rows]):
+                    found.add(band, done)
+                    data = band.reshape(-1).view(np.uint8).data
+                    digest.update(data)
+                    put(data)
+                    done, size = done + band.size, size + band.nbytes
+            self._files[place] = FileRecord(size, digest.hexdigest())
         with self._lock:
             self._prints[path].join(found)
             self._left[path].discard(slot)
@@ -223,16 +227,27 @@ def _about(path: str, shape: Shape) -> dict[str, Any]:
     return {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
 
 
-def _write(path: str, data: Any) -> None:
+@contextlib.contextmanager
+def _new_file(path: str, num_bytes: int) -> Iterator[Callable[[Any], None]]:
+    """Yields what writes to a new file, which is flushed to the disk in the end."""
     try:
         with open(path, "wb", buffering=0) as file:
-            done = 0
-            allocate(file.fileno(), len(data))
-            while done < len(data):
-                done += file.write(data[done:])
+            allocate(file.fileno(), num_bytes)
+
+            def put(data: Any) -> None:
+                done = 0
+                while done < len(data):
+                    done += file.write(data[done:])
+
+            yield put
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write(path: str, data: bytes) -> None:
+    with _new_file(path, len(data)) as put:
+        put(data)
 
 
 def _brief(error: Exception) -> str:

@@ -262,8 +262,8 @@ def _write_theirs(
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in planned.values())
 
     def convert(entry: Entry) -> None:
-        values = entry.to_theirs([read(part) for part in entry.parts])
-        writer.write(entry.name, values.astype(types[entry.name], copy=False))
+        pieces = entry.in_bands([read(part) for part in entry.parts])
+        writer.write_pieces(entry.name, (piece.astype(types[entry.name], copy=False) for piece in pieces))
 
     with Writer(folder, planned, shard_bytes) as writer, track("convert", total, console=console) as advance:
         # all layers of a kind, one after another: they may be one chunk of the checkpoint

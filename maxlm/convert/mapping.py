@@ -1,8 +1,9 @@
 """One model's tensors beside its parameters: what goes where, and how it is turned, in both directions."""
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from maxlm.config import MeshConfig, ModelConfig
 from maxlm.convert.families import Family, FamilyError
-from maxlm.convert.parallel import transposed
+from maxlm.convert.parallel import bands
 from maxlm.leaves import map_paths, shapes_of
 from maxlm.mesh import make_mesh
 from maxlm.model.param import dims_of
@@ -59,18 +60,19 @@ class Part:
     order: tuple[int, ...]
 
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """Their tensor in our order; padding is zeros."""
-        x = _turned(theirs.reshape(self.apart), self.order)
+        """Their tensor in our order, in place where nothing is padded; padding is zeros."""
+        x = theirs.reshape(self.apart).transpose(self.order)
         if x.shape == self.shape:
             return x
         padded = np.zeros(self.shape, x.dtype)
         padded[tuple(slice(size) for size in x.shape)] = x
         return padded
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Our parameter in their order, padding cut off."""
+    def to_theirs(self, ours: np.ndarray) -> Iterator[np.ndarray]:
+        """Our parameter in their order, padding cut off, in pieces along dimension 0."""
         real = [self.apart[i] for i in self.order]
-        return _turned(ours[tuple(map(slice, real))], tuple(map(int, np.argsort(self.order)))).reshape(self.joined)
+        for band in bands(ours[tuple(map(slice, real))].transpose(np.argsort(self.order))):
+            yield band.reshape(-1, *self.joined[1:])
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,15 @@ class Entry:
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         """Their tensor, of the values of each part."""
+        return np.concatenate(list(self.in_bands(ours)))
+
+    def in_bands(self, ours: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same, in pieces along dimension 0."""
         pieces = [part.to_theirs(x) for part, x in zip(self.parts, ours, strict=True)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.axis)
+        if self.axis == 0:
+            yield from itertools.chain.from_iterable(pieces)
+        else:
+            yield np.concatenate([np.concatenate(list(piece)) for piece in pieces], self.axis)
 
 
 @functools.cache
@@ -160,15 +169,6 @@ def check_tensors(wanted: Sequence[Entry], found: Mapping[str, Shape], where: st
     names = {entry.name for entry in wanted}
     if extra := [name for name in found if name not in names]:
         raise FamilyError(f"{where} has a tensor {ascii(extra[0])[:120]} that has no place in the model")
-
-
-def _turned(x: np.ndarray, order: Shape) -> np.ndarray:
-    """A transpose; where dims only go round, that of a matrix."""
-    cut = order[0]
-    if cut and x.size and order == (*range(cut, x.ndim), *range(cut)):
-        matrix = x.reshape(math.prod(x.shape[:cut]), -1)
-        return transposed(matrix).reshape([x.shape[i] for i in order])
-    return x.transpose(order)
 
 
 def _place(layer: int, model: ModelConfig) -> tuple[str, Shape]:

@@ -1,8 +1,8 @@
 """Tensors several at a time, as far as they fit into memory, and transposes that use the caches."""
 
+import math
 import os
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 IN_FLIGHT = 128 << 20
 """Bytes of tensors that are worked on at a time, unless one is larger: that one is worked on alone."""
+BAND = 4 << 20
+"""Bytes of an array that are made and used at a time."""
 LINE = 32
 """Bytes of a row that a transpose moves at a time: half a cache line was the fastest of 32 to 512."""
 
@@ -44,22 +46,41 @@ def run_all(jobs: Iterable[tuple[int, Callable[[], None]]], advance: Callable[[i
             raise
 
 
-def transposed(x: np.ndarray) -> np.ndarray:
-    """A matrix's transpose, contiguous; for large ones faster than numpy's copy, on several cores."""
-    bits = x.view(f"u{x.dtype.itemsize}")
-    if bits.nbytes < 1 << 20 or not bits.flags.c_contiguous:
-        return np.ascontiguousarray(bits.T).view(x.dtype)
-    out = np.empty(bits.shape[::-1], bits.dtype)
-    step, num_bands = LINE // bits.itemsize, min(THREADS, os.cpu_count() or 1)
-    edges = [len(bits) * i // num_bands // step * step for i in range(num_bands)] + [len(bits)]
+def bands(x: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in contiguous pieces along its first dimension, each small enough to stay in the caches.
 
-    def move(first: int, last: int) -> None:
-        for i in range(first, last, step):
-            out[:, i : min(i + step, last)] = bits[i : min(i + step, last)].T
+    What takes a piece next finds it there: writing a whole transpose to a file takes four times as long. Args: x: of
+    any strides; a transpose of contiguous dimensions is moved in blocks, much faster than numpy's copy.
+    """
+    rows = max(1, BAND // max(1, x.itemsize * math.prod(x.shape[1:])))
+    for i in range(0, len(x), rows):
+        yield _contiguous(x[i : i + rows])
 
-    bands = [threading.Thread(target=move, args=edges[i : i + 2]) for i in range(num_bands)]
-    for band in bands:
-        band.start()
-    for band in bands:
-        band.join()
-    return out.view(x.dtype)
+
+def contiguous(x: np.ndarray) -> np.ndarray:
+    """The same, contiguous."""
+    if x.flags.c_contiguous or not x.ndim:
+        return x
+    out, at = np.empty(x.shape, x.dtype), 0
+    for band in bands(x):
+        out[at : at + len(band)] = band
+        at += len(band)
+    return out
+
+
+def _contiguous(x: np.ndarray) -> np.ndarray:
+    if x.flags.c_contiguous or x.nbytes < 1 << 16:
+        return np.ascontiguousarray(x)
+    bits = x.view(f"u{x.itemsize}")
+    for cut in range(1, x.ndim):  # is it [a, b] of what lies in memory as [b, a]?
+        before = bits.transpose(*range(cut, x.ndim), *range(cut))
+        try:
+            matrix = before.reshape(math.prod(before.shape[: x.ndim - cut]), -1, copy=False)
+        except ValueError:
+            continue
+        if matrix.strides[1] == x.itemsize:
+            out, step = np.empty(matrix.shape[::-1], bits.dtype), LINE // x.itemsize
+            for i in range(0, len(matrix), step):
+                out[:, i : i + step] = matrix[i : i + step].T
+            return out.view(x.dtype).reshape(x.shape)
+    return np.ascontiguousarray(x)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -76,7 +76,11 @@ class Writer:
             self._leave()
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Writes one of the tensors, once.
+        """Writes one of the tensors, once; errors as write_pieces."""
+        self.write_pieces(name, [values])
+
+    def write_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """Writes one of the tensors, once, in pieces that follow one another along dimension 0.
 
         Raises:
             SafetensorsError: it is none of them, or has another dtype or shape.
@@ -84,12 +88,24 @@ class Writer:
         """
         if name not in self._places:
             raise SafetensorsError(f"tensor {shown(name)} is not to be written, or has been")
-        wanted = self._tensors[name]
-        if (values.dtype, values.shape) != (wanted.dtype, wanted.shape):
-            raise SafetensorsError(
-                f"tensor {shown(name)} is {values.dtype}{list(values.shape)}, not {wanted.dtype}{list(wanted.shape)}"
-            )
+        wanted, rows = self._tensors[name], 0
         descriptor, start = self._places[name]
+        end = start + wanted.num_bytes
+        for values in pieces:
+            rows += len(values) if values.ndim else 0
+            found = (rows, *values.shape[1:]) if values.ndim else ()
+            fits = values.dtype == wanted.dtype and found[1:] == wanted.shape[1:] and len(found) == len(wanted.shape)
+            if not fits or start + values.nbytes > end:
+                raise SafetensorsError(
+                    f"tensor {shown(name)} is {values.dtype}{list(found)}, not {wanted.dtype}{list(wanted.shape)}"
+                )
+            self._put(descriptor, values, start)
+            start += values.nbytes
+        if start != end:
+            raise SafetensorsError(f"tensor {shown(name)} has {rows} rows, not {list(wanted.shape)}")
+        del self._places[name]
+
+    def _put(self, descriptor: int, values: np.ndarray, start: int) -> None:
         view, done = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, 0
         try:
             with self._lock:  # which the file system has for each file too, and threads spin on
@@ -97,7 +113,6 @@ class Writer:
                     done += os.pwrite(descriptor, view[done:], start + done)
         except OSError as error:
             raise OSError(f"cannot write to {self._folder}: {error.strerror}") from None
-        del self._places[name]
 
     def _begin(self, file: str, names: list[str]) -> None:
         entries, at = dict[str, Any](), 0

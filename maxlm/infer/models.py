@@ -25,6 +25,7 @@ from maxlm.config_file import load_config
 from maxlm.convert import folders
 from maxlm.convert.convert import accounted, check_arrays, saved_model
 from maxlm.convert.merged import open_arrays
+from maxlm.convert.parallel import contiguous
 from maxlm.convert.safetensors import Folder
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
@@ -255,7 +256,7 @@ def _on_devices(model: ModelConfig, mesh: Mesh, pieces: Iterator[Piece]) -> dict
     with jax.set_mesh(mesh):
         for path, slot, values in _whole_layers(layout, pieces):
             dims, shape = layout[path]
-            values = np.asarray(values).astype(weight_dtype(dims, jnp.dtype(model.dtype)), copy=False)
+            values = contiguous(np.asarray(values)).astype(weight_dtype(dims, jnp.dtype(model.dtype)), copy=False)
             place = NamedSharding(mesh, param_spec(dims))
             piece = jax.make_array_from_callback(values.shape, place, lambda at, values=values: values[at])
             if not slot:
