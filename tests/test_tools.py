@@ -124,3 +124,13 @@ def test_chaos():
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     tried = {row[0].removeprefix("| "): row[1:3] for row in rows[2:]}
     assert sorted(tried.values()) == [["20", "20"], ["5", "5"], ["5", "5"]], done.stdout
+
+
+def test_bench_convert(tmp_path):
+    result = figures(
+        "tools/bench_convert.py", "--layers", "1", "--width", "256", "--rounds", "1", "--folder", str(tmp_path)
+    )
+    assert result["same_tensors"]
+    assert all(ratio > 0 for ratio in result["speed_to_cp"].values())
+    assert max(result["peak_bytes"].values()) < 2 * result["memory_limit_bytes"]
+    assert list(tmp_path.iterdir()) == []
