@@ -164,7 +164,7 @@ QWEN3_MOE = Family(
         Key("num_key_value_heads", "num_kv_heads", 4),
         Key("head_dim", "head_dim", None),
         Key("attention_bias", "attention_bias", False, BIASES),
-        Key("num_experts", "num_experts", 128),
+        Key("num_experts", "num_experts", 128, also="num_local_experts"),  # of transformers 4 and 5
         Key("num_experts_per_tok", "experts_per_token", 8),
         Key("moe_intermediate_size", "expert_d_ff", 768),
         Key("norm_topk_prob", "router_normalize", False),

@@ -34,16 +34,18 @@ class Key:
         theirs, ours: their names.
         default: what it means that the key is not there; REQUIRED: it has to be.
         values: pairs of their value and ours; empty: they are the same.
+        also: another name of theirs.
     """
 
     theirs: str
     ours: str
     default: Any = REQUIRED
     values: tuple[tuple[Any, Any], ...] = ()
+    also: str = ""
 
     def read(self, tree: Tree) -> dict[str, Any]:
         """See Part."""
-        value = tree.get(self.theirs, self.default)
+        value = tree.get(self.theirs, tree.get(self.also, self.default))
         if value is REQUIRED:
             raise FamilyError(f"{self.theirs} is missing")
         if not self.values:
