@@ -116,12 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm.evaluate import cli as evaluate_cli
     from maxlm.infer import cli as infer_cli
 
-    data_cli.add_parser(commands)
-    checkpoint_cli.add_parser(commands)
-    convert_cli.add_parser(commands)
-    infer_cli.add_parser(commands)
-    evaluate_cli.add_parser(commands)
-    supervise.add_parser(commands)
+    for part in (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise):
+        part.add_parser(commands)
     return parser
 
 

@@ -1,7 +1,9 @@
 """The loader: a global batch is a pure function of (seed, step), whoever asks for whichever part of it.
 
 Row r of a split is tokens [r T, r T + T + 1) of its stream; the last token is only a target. Rows of conversations are
-packed (packed.py). A mixture interleaves
+packed (packed.py).
+
+A mixture interleaves
 its stores so that after any number of rows each store has had its share, to within one row; each store visits its own
 rows in a random order, another one each epoch. Both are computed from an index, so that nothing grows with the
 number of rows and resuming takes one integer.
