@@ -71,9 +71,12 @@ class Running:
         """
         words = np.ascontiguousarray(part).reshape(-1).view(f"u{part.dtype.itemsize}")
         for at in range(0, words.size, PART):
-            piece = words[at : at + PART]
-            first = np.uint32((start + at) * GOLDEN % 2**32)
-            self._words += np.asarray(_part(piece, first))
+            piece, first = words[at : at + PART], np.uint32((start + at) * GOLDEN % 2**32)
+            count = np.uint32(piece.size)
+            if piece.size < PART:  # one program for all sizes
+                piece = np.empty(PART, words.dtype)
+                piece[:count] = words[at:]
+            self._words += np.asarray(_part(piece, first, count))
 
     def join(self, other: "Running") -> None:
         """Adds what another has seen of the same array."""
@@ -89,10 +92,11 @@ PART = 1 << 20
 
 
 @jax.jit
-def _part(words: jax.Array, first: jax.Array) -> jax.Array:
-    """uint32 [2] of consecutive elements [N]; first: the multiple of GOLDEN of the place of the first one."""
-    place = jnp.uint32(1) + first + jax.lax.iota(jnp.uint32, len(words)) * np.uint32(GOLDEN)
-    mixed = mix_bits(words.astype(jnp.uint32) ^ mix_bits(place))
+def _part(words: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
+    """uint32 [2] of the first `count` of consecutive elements [PART]; first: the multiple of GOLDEN of their place."""
+    number = jax.lax.iota(jnp.uint32, len(words))
+    mixed = mix_bits(words.astype(jnp.uint32) ^ mix_bits(jnp.uint32(1) + first + number * np.uint32(GOLDEN)))
+    both = (mixed, mix_bits(mixed + np.uint32(GOLDEN)))
     zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
     # both sums in one pass: two would each compute what they add, and take three times as long on a CPU
-    return jnp.stack(jax.lax.reduce((mixed, mix_bits(mixed + np.uint32(GOLDEN))), (zero, zero), add, (0,)))
+    return jnp.stack(jax.lax.reduce(tuple(jnp.where(number < count, x, zero) for x in both), (zero, zero), add, (0,)))

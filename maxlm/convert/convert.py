@@ -27,7 +27,7 @@ from maxlm.convert.families import FAMILIES, Family, FamilyError, family_for, fa
 from maxlm.convert.folders import ConvertError
 from maxlm.convert.mapping import Entry, Part, check_tensors, entries, parameters
 from maxlm.convert.merged import open_arrays
-from maxlm.convert.parallel import run_all
+from maxlm.convert.parallel import run_all, scratch
 from maxlm.convert.safetensors import Folder
 from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
@@ -125,7 +125,7 @@ def _write_ours(
     sizes = {name: theirs.tensors[name].num_bytes for name in theirs.in_order() if name in by_name}
 
     def convert(name: str) -> None:
-        for part, values in by_name[name].to_ours(theirs.read(name)):
+        for part, values in by_name[name].to_ours(theirs.read(name, scratch(sizes[name]))):
             writer.write(part.path, part.slot, values.astype(dtypes[part.path], copy=False))
 
     total = sum(sizes.values())

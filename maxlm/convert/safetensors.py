@@ -94,17 +94,22 @@ class File:
         """Closes it; tensors that were read stay."""
         os.close(self._descriptor)
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, in memory of its own.
+    def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
+        """A tensor.
+
+        Args:
+            name: of the tensor.
+            memory: bytes that it may take, uint8 [N]; default: memory of its own.
 
         Raises:
             SafetensorsError: the file has become shorter.
         """
         tensor = self.tensors[name]
-        out = np.empty(tensor.shape, tensor.dtype)
-        view = out.reshape(-1).view(np.uint8).data
-        self._fill(view, tensor.start, f"tensor {shown(name)}")
-        return out
+        if memory is None:
+            memory = np.empty(tensor.num_bytes, np.uint8)
+        data = memory[: tensor.num_bytes]
+        self._fill(data.data, tensor.start, f"tensor {shown(name)}")
+        return data.view(tensor.dtype).reshape(tensor.shape)
 
     def _header(self) -> tuple[bytes, int, int]:
         """The header's bytes, where tensors begin, and the size of the file."""
@@ -176,9 +181,9 @@ class Folder:
             file.close()
         self._files = {}
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor; errors as those of File.read."""
-        return self._files[self._places[name]].read(self._own.get(name, name))
+    def read(self, name: str, memory: np.ndarray | None = None) -> np.ndarray:
+        """A tensor, as File.read gives it."""
+        return self._files[self._places[name]].read(self._own.get(name, name), memory)
 
     def rename(self, new: Callable[[str], str]) -> None:
         """Gives each tensor another name, by which it is known from now on."""
