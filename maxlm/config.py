@@ -272,7 +272,8 @@ class OptimConfig(Section):
     momentum: BelowOne = Field(0.95, description="Momentum (sgd, muon).")
     weight_decay: NonNegative = Field(0.1, description="Decoupled weight decay, multiplied by the learning rate.")
     decay_mask: str = Field(
-        r".*(norm|bias).*|embed|positions", description="Parameters whose path matches this expression are not decayed."
+        r".*(norm|bias).*|embed|positions|token_types",
+        description="Parameters whose path matches this expression are not decayed.",
     )
     adam_lr: float | None = Field(
         None,

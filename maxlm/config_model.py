@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The decoder transformer. Model families are values of these fields, not code."""
+    """The transformer. Model families are values of these fields, not code."""
 
     vocab_size: Positive = Field(description="Token ids the tokenizer may emit, as a count.")
     vocab_multiple: Positive = Field(
@@ -38,8 +38,10 @@ class ModelConfig(Section):
     head_dim: Positive | None = Field(None, description="Features per head; null means d_model / num_heads.")
 
     norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm or LayerNorm.")
-    norm_position: Literal["pre", "post", "both"] = Field(
-        "pre", description="Normalize a sublayer's input (pre), its output before it is added (post), or both."
+    norm_position: Literal["pre", "post", "both", "residual"] = Field(
+        "pre",
+        description="Normalize a sublayer's input (pre), its output before it is added (post), both, or the residual "
+        "stream after each addition, with no norm at the end (residual, as in the original transformer).",
     )
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance in every norm.")
     norm_bias: bool = Field(False, description="LayerNorm has a bias.")
@@ -68,6 +70,11 @@ class ModelConfig(Section):
     max_positions: Positive | None = Field(
         None, description="Rows of the learned position table, in tokens; needed when position=learned."
     )
+
+    num_token_types: Count = Field(
+        0, description="Rows of the table of token types, which is added to the embeddings; 0: there is none."
+    )
+    embed_norm: bool = Field(False, description="Normalize what enters the layers: the sum of all embeddings.")
 
     mlp: Literal["gated", "plain"] = Field("gated", description="Gated (SwiGLU-like) or two-matrix MLP.")
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = Field(
@@ -108,6 +115,7 @@ class ModelConfig(Section):
         "scores; 0 means no bias. DeepSeek-V3 uses 0.001.",
     )
 
+    causal: bool = Field(True, description="A token sees those before it and itself; false: all of its document.")
     layer_pattern: tuple[Literal["global", "local"], ...] = Field(
         ("global",), description="Kinds of layers, repeated to num_layers; local ones use sliding_window.", min_length=1
     )
@@ -117,6 +125,10 @@ class ModelConfig(Section):
     logit_softcap: float | None = Field(None, gt=0, description="Output logits become c * tanh(logits / c).")
 
     tie_embeddings: bool = Field(False, description="The output projection is the embedding table.")
+    head_transform: bool = Field(
+        False, description="Before the output projection: a matrix (biased with mlp_bias), the activation, and a norm."
+    )
+    unembed_bias: bool = Field(False, description="A bias on the output projection: one number per token id.")
     embedding_scale: float | None = Field(
         None, gt=0, description="Embeddings are multiplied by this (Gemma: d_model ** 0.5); null leaves them."
     )
@@ -202,6 +214,8 @@ class ModelConfig(Section):
             )
         if "local" in self.layer_pattern and self.sliding_window is None:
             raise ValueError("layer_pattern has local layers, so sliding_window must be set")
+        if "local" in self.layer_pattern and not self.causal:
+            raise ValueError("causal=false has no sliding windows; leave layer_pattern at its default, global")
         if self.position == "learned" and self.max_positions is None:
             raise ValueError("position=learned needs max_positions, the longest sequence in tokens")
         if self.norm_bias and self.norm != "layer":

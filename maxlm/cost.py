@@ -134,9 +134,10 @@ def _attention_cycles(program: Program, chip: str) -> float | None:
     for kind in set(model.layer_pattern):
         if kind == "local" and shards > 1:
             continue  # plain XLA, which the compiler has priced
-        own = Mask(T, T, window=model.sliding_window if kind == "local" else None)
-        # of each other shard's keys, half the products: all queries and half the keys, or the other way
-        rounds = [(own, 1), *([(Mask(T, T // 2, causal=False), shards - 1)] if shards > 1 else [])]
+        own = Mask(T, T, model.causal, model.sliding_window if kind == "local" else None)
+        # of each other shard's keys, half the products if causal: all queries and half the keys, or the other way
+        other = Mask(T, T // 2 if model.causal else T, causal=False)
+        rounds = [(own, 1), *([(other, shards - 1)] if shards > 1 else [])]
         for kernel, times in runs.items():
             for mask, count in rounds:
                 cycles = splash_blocks.cycles(chip, model.head_size, kernel, mask)

@@ -4,7 +4,7 @@ The convention of every FLOP and MFU figure in maxlm: *model* FLOPs, what the ma
 hardware happens to do.
 - A multiply-add is 2 FLOPs; the backward pass costs twice the forward pass. So a matrix costs 6 per weight and token.
 - Attention is counted as causal: a query of a sequence of T sees T / 2 keys on average; in a layer with a sliding
-  window of W keys it sees W - W**2 / (2 T).
+  window of W keys it sees W - W**2 / (2 T). Where it sees both sides (model.causal=false) these are T.
 - With adapters (maxlm/lora.py) a frozen matrix costs 4 per weight and token, for it has no gradient.
 - Of a layer's experts a token pays for those it visits, shared ones included, and for the router.
 - Not counted: what rematerialization computes again, the embedding lookup, padding of the vocabulary, biases, norms,
@@ -27,7 +27,8 @@ def num_params(model: ModelConfig) -> dict[str, int]:
         model: the model.
 
     Returns:
-        Counts for "embedding", "positions", "unembedding" (0 if tied), "attention", "mlp" (of dense layers), "experts"
+        Counts for "embedding", "positions" (token types included), "unembedding" (0 if tied), "head" (what stands
+        before it, and its bias), "attention", "mlp" (of dense layers), "experts"
         (shared ones included), "router", "norms", biases included; "total" is their sum, what is stored and trained;
         "total_unpadded" leaves out the rows that only pad the vocabulary, and is the figure to compare with published
         ones; "active" leaves out, too, the experts that a token does not visit.
@@ -35,7 +36,7 @@ def num_params(model: ModelConfig) -> dict[str, int]:
     D, F, V, L = model.d_model, model.d_ff, model.padded_vocab, model.num_layers
     E, moe_layers = model.num_experts or 0, model.num_expert_layers
     N, K, H = model.num_heads, model.kv_heads, model.head_size
-    learned = model.position == "learned"
+    learned = model.max_positions or 0 if model.position == "learned" else 0
     qkv_bias = (N + 2 * K) * H if model.attention_bias != "none" else 0
     o_bias = D if model.attention_bias == "all" else 0
     num_up = 2 if model.mlp == "gated" else 1
@@ -43,18 +44,20 @@ def num_params(model: ModelConfig) -> dict[str, int]:
     per_norm = 2 if model.norm_bias else 1
     qk_norms = 0 if not model.qk_norm else 2 * H if model.qk_norm_span == "head" else (N + K) * H
     norms_per_layer = (4 if model.norm_position == "both" else 2) * D + qk_norms
+    others = (model.norm_position != "residual") + model.embed_norm + model.head_transform
     parts = {
         "embedding": V * D,
-        "positions": (model.max_positions or 0) * D if learned else 0,
+        "positions": (learned + model.num_token_types) * D,
         "unembedding": 0 if model.tie_embeddings else V * D,
+        "head": model.head_transform * D * (D + model.mlp_bias) + model.unembed_bias * V,
         "attention": L * (_attention_weights(model) + qkv_bias + o_bias),
         "mlp": (L - moe_layers) * (_mlp_weights(model, F) + mlp_bias),
         "experts": moe_layers * (E + model.num_shared_experts) * _mlp_weights(model, model.expert_width),
         "router": moe_layers * E * (D + (1 if model.router_bias_rate else 0)),
-        "norms": per_norm * (L * norms_per_layer + D),
+        "norms": per_norm * (L * norms_per_layer + others * D),
     }
     total = sum(parts.values())
-    padding = (V - model.vocab_size) * D * (1 if model.tie_embeddings else 2)
+    padding = (V - model.vocab_size) * ((1 if model.tie_embeddings else 2) * D + model.unembed_bias)
     unvisited = moe_layers * (E - (model.experts_per_token or 0)) * _mlp_weights(model, model.expert_width)
     return {
         **parts,
@@ -78,6 +81,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int, adapters: int | None
     """
     moe_layers, visited = model.num_expert_layers, (model.experts_per_token or 0) + model.num_shared_experts
     weights = model.num_layers * _attention_weights(model) + model.d_model * model.vocab_size
+    weights += model.d_model**2 if model.head_transform else 0
     weights += (model.num_layers - moe_layers) * _mlp_weights(model, model.d_ff)
     weights += moe_layers * visited * _mlp_weights(model, model.expert_width)
     weights += moe_layers * model.d_model * (model.num_experts or 0)  # the router
@@ -116,5 +120,7 @@ def _mlp_weights(model: ModelConfig, width: int) -> int:
 
 
 def _mean_keys(model: ModelConfig, kind: str, seq_len: int) -> float:
+    if not model.causal:
+        return seq_len
     window = min(model.sliding_window or seq_len, seq_len) if kind == "local" else seq_len
     return window - window * window / (2 * seq_len)

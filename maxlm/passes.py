@@ -174,12 +174,13 @@ class ModelHead:
 
     def cross_entropy(self, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Loss and log(Z), float32 [B, T]."""
-        if self.num_parts == 1 and self.recipe is None:
+        biased = self.model.unembed_bias is not None  # parts of the vocabulary and quantized weights have none
+        if biased or (self.num_parts == 1 and self.recipe is None):
             return cross_entropy(self.logits(), targets_BT)
         config, (weight, dims) = self.model.config, self.model.projection
         cap, dtype = config.logit_softcap, self.x_BTD.dtype
         options = HeadOptions(dims, config.vocab_size, cap, self.num_parts, dtype, self.recipe)
-        return head_cross_entropy(options, self.model.normed(self.x_BTD), weight, targets_BT, self.words_BT)
+        return head_cross_entropy(options, self.model.projected(self.x_BTD), weight, targets_BT, self.words_BT)
 
 
 class PlainPasses(Passes):
@@ -270,17 +271,20 @@ class PlainPasses(Passes):
         own = jnp.where(ids == rows["targets"][..., None], logits_BTV, 0.0).sum(-1)
         return self._as_it_came(loss_BT), self._as_it_came(own >= others)
 
-    def _as_it_came(self, x_BT: jax.Array) -> jax.Array:
+    def _as_it_came(self, x: jax.Array, dims: str = "BS") -> jax.Array:
         """Undoes arrange."""
-        return x_BT if self.order is None else jax.reshard(x_BT, compute_spec("BS"))[:, np.argsort(self.order)]
+        return x if self.order is None else jax.reshard(x, compute_spec(dims))[:, jnp.asarray(np.argsort(self.order))]
 
     @in_precision
     def logits(self, params: Any, rows: Batch) -> jax.Array:
-        """float32 logits [B, T, V] of rows [B, T]."""
-        logits_BTV = self._run(params, self.arrange(rows, "BS"))[0].logits()
-        if self.order is None:
-            return logits_BTV
-        return jax.reshard(logits_BTV, compute_spec("BSV"))[:, jnp.asarray(np.argsort(self.order))]
+        """float32 logits [B, T, V] of rows [B, T]; "token_types" (int32) may be among them."""
+        return self._as_it_came(self._run(params, self.arrange(rows, "BS"))[0].logits(), "BSV")
+
+    @in_precision
+    def hidden_states(self, params: Any, rows: Batch) -> jax.Array:
+        """Hidden states [B, T, D] of rows [B, T], in the compute dtype; "token_types" may be among them."""
+        head = self._run(params, self.arrange(rows, "BS"))[0]
+        return self._as_it_came(head.model.hidden(head.x_BTD), "BSD")
 
     def _objective(self, params: Any, rows: Batch) -> tuple[jax.Array, Sums]:
         head, aux = self._run(params, rows)
@@ -298,5 +302,6 @@ class PlainPasses(Passes):
         train = self.config.train
         stack = partial(run_layers, ops=ops, remat=train.remat, per_scan=train.repeats_per_scan)
         model: Transformer = nnx.merge(self.graph, params)
-        x_BTD, aux = model(rows["tokens"], rows["positions"], rows["segments"], stack, ops.drop)
+        where = rows["positions"], rows["segments"]
+        x_BTD, aux = model(rows["tokens"], *where, stack, ops.drop, rows.get("token_types"))
         return self.head(model, x_BTD, rows), aux

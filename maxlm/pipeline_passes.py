@@ -76,9 +76,10 @@ class PipelinePasses(Passes):
 
     def _embed(self, outer: Any, batch: Batch) -> jax.Array:
         """Embedded tokens [M, B, U, D]: each stage embeds its part."""
-        names = [name for name in ("tokens", "positions", "noise") if name in batch]
+        names = [name for name in ("tokens", "positions", "token_types", "noise") if name in batch]
         parts = {name: constrain(batch[name], "MBU") for name in names}
-        return self._model(outer).embedded(parts["tokens"], parts["positions"], self.drop(parts), "MBU")
+        where = parts["positions"], self.drop(parts), "MBU", parts.get("token_types")
+        return self._model(outer).embedded(parts["tokens"], *where)
 
     # ---- what the pipeline is made of
 
@@ -124,10 +125,10 @@ class PipelinePasses(Passes):
     def _weights(self, tree: Any) -> Any:
         """Parameters, or what belongs to them, by who uses them; a tied embedding is used twice."""
         users = {
-            "embed": ["embed", "positions"],
+            "embed": ["embed", "positions", "token_types", "embed_norm"],
             "lead": [LEAD],
             "layers": ["layers"],
-            "head": ["final_norm", "embed" if self.config.model.tie_embeddings else "unembed"],
+            "head": ["final_norm", "head", "embed" if self.config.model.tie_embeddings else "unembed", "unembed_bias"],
         }
         parts = {user: {name: tree[name] for name in names if name in tree} for user, names in users.items()}
         return {user: part for user, part in parts.items() if part}

@@ -42,12 +42,14 @@ def set_recipes(model: Any, quant: QuantConfig, device: Any) -> list[str]:
         Names of the weights that report errors of rounding activations, such as mlp.down, in order of their columns.
 
     Raises:
-        ConfigError: a rule matches no weight that takes part in products.
+        ConfigError: a rule matches no weight that takes part in products, or an output projection with a bias.
     """
     columns: list[str] = []
     if not quant.used:
         return columns
     weights = {path: v for path, v in _parameters(model) if _multiplies(v.get_metadata()["dims"])}
+    if model.unembed_bias is not None and head_recipe(quant, device) is not None:
+        raise ConfigError(f"model.unembed_bias=true does not go with a quantized {LM_HEAD}; set its rule to bf16")
     paths = [*weights, LM_HEAD]
     for pattern in quant.rules:
         if not any(re.fullmatch(pattern, path) for path in paths):
@@ -128,4 +130,4 @@ def _parameters(model: Any) -> list[tuple[str, nnx.Variable]]:
 
 def _multiplies(dims: str) -> bool:
     """Whether a parameter of a layer with these letters is multiplied with activations: no norm, bias or router."""
-    return "D" in dims and len(dims) > 1 and not set(dims) & set("XVT")
+    return "D" in dims and len(dims) > 1 and not set(dims) & set("XVTOY")

@@ -3,9 +3,9 @@
 Keys are the dimension letters of DESIGN (B batch, T length, S key length, U length where a pipeline's input waits, D
 model, N query heads, K key/value heads, G query heads per key/value head, J key/value heads too few to split, H head
 size, F feed-forward, E experts, X experts as a router sees them, A experts that a token visits, C capacity: rows that
-devices keep for their experts' tokens, V vocabulary, L layers, R rounds and P stages of a pipeline, M microbatches, Z
-rank of an adapter); values are logical mesh axes. A logical axis may be several mesh axes (fsdp0, fsdp1: see mesh.py);
-axes of size one are left out.
+devices keep for their experts' tokens, V vocabulary, Y token types, O model after the head's transform, L layers, R
+rounds and P stages of a pipeline, M microbatches, Z rank of an adapter); values are logical mesh axes. A logical axis
+may be several mesh axes (fsdp0, fsdp1: see mesh.py); axes of size one are left out.
 
 Weights are float32 and sharded at rest. `gather` brings one into a layer: cast, then all-gathered over fsdp, with a
 type that names fsdp and the axes of replicas as *reduced*, so that its gradient comes out unreduced over them and meets
@@ -28,6 +28,7 @@ Axes = str | tuple[str, ...] | None
 PARAM: dict[str, Axes] = {
     "V": "tensor",
     "D": "fsdp",
+    "O": None,
     "N": "tensor",
     "K": "tensor",
     "H": None,
@@ -39,6 +40,7 @@ PARAM: dict[str, Axes] = {
     "R": None,
     "P": "stage",
     "T": None,
+    "Y": None,
     "Z": None,
 }
 """Where parameters rest. T is the rows of a learned position table."""
@@ -50,6 +52,7 @@ COMPUTE: dict[str, Axes] = {
     "U": ("context", "stage"),
     "S": None,
     "D": None,
+    "O": None,
     "N": "tensor",
     "K": "tensor",
     "J": None,

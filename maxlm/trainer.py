@@ -79,6 +79,11 @@ def train(
         OSError, ValueError: data or folders cannot be used; one sentence that names them.
     """
     started = time.perf_counter()
+    if data is None and not config.model.causal:
+        raise ConfigError(
+            "model.causal=false: tokens see those that follow, so next-token loss on token stores means nothing; train "
+            "it from Python, on masked tokens and their targets: maxlm.train(config, data=FUNCTION)"
+        )
 
     # ---- devices and mesh
     config, devices = choose_devices(config, start_devices(config.mesh))

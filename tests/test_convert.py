@@ -67,6 +67,13 @@ CASES = {  # config.json of a small model of each kind
         "n_positions": 40,
         "layer_norm_epsilon": 1e-3,
     },
+    "bert": {
+        "model_type": "bert",
+        **{k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta")},
+        "max_position_embeddings": 64,
+        "type_vocab_size": 3,
+        "layer_norm_eps": 1e-3,
+    },
     "gemma": {"model_type": "gemma", **SIZES, "head_dim": 10},
     "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 7},
     "gemma3": {"model_type": "gemma3_text", **GEMMA3},
@@ -220,7 +227,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     with Writer(str(tmp_path), {k: (v.dtype, v.shape) for k, v in tensors.items()}, 10**9) as writer:
         for key, values in tensors.items():
             writer.write(key, values)
-    peer, about = transformers.AutoModelForCausalLM.from_pretrained(
+    peer, about = getattr(transformers, family.architecture).from_pretrained(
         tmp_path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
     assert not any(about.values()), about

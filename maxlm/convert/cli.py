@@ -78,12 +78,14 @@ def _to_hf(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace, done: Any, then: str) -> None:
     facts = {"out": args.out, "family": done.family, "tensors": done.num_tensors, "bytes": done.num_bytes}
     if args.json:
-        print(json.dumps({**facts, "companions": done.companions, "verified": args.verify}))
+        print(json.dumps({**facts, "companions": done.companions, "left_out": done.left_out, "verified": args.verify}))
         return
     print(
         f"{args.out}: {done.family}, {done.num_tensors:,} tensors, {units.size(done.num_bytes)}"
         + (", the same bits on both sides" if args.verify else "")
     )
+    if done.left_out:
+        print(f"  left out, no part of the model: {', '.join(done.left_out)}")
     print(f"  came along: {', '.join(done.companions) or 'nothing'}\n  next: {then}")
 
 

@@ -33,6 +33,8 @@ from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
 from maxlm.progress import track
 
+EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm/weight", "embed_norm/bias")
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -44,6 +46,7 @@ class Converted:
         num_tensors: of theirs, as a count.
         num_bytes: of them.
         companions: names of files that came along.
+        left_out: names of tensors that did not, since they are no part of the model.
     """
 
     family: str
@@ -51,6 +54,7 @@ class Converted:
     num_tensors: int
     num_bytes: int
     companions: list[str]
+    left_out: list[str]
 
 
 # ---- to maxlm
@@ -91,7 +95,8 @@ def from_hf(
         if verify:
             reader = ArrayReader(step)
             _verify(wanted, theirs, _parts_read(reader, model), lambda e: dtypes[e.parts[0].path], total, console)
-    return Converted(family.model_type, model, len(wanted), total, companions)
+        left_out = [name for name in theirs.tensors if re.fullmatch(family.left_out, name)]
+    return Converted(family.model_type, model, len(wanted), total, companions, left_out)
 
 
 def accounted(tree: Mapping[str, Any], theirs: Folder) -> tuple[Family, ModelConfig, list[Entry]]:
@@ -105,8 +110,9 @@ def accounted(tree: Mapping[str, Any], theirs: Folder) -> tuple[Family, ModelCon
     _check_sizes(model, theirs, folder)
     wanted = entries(family, model)
     theirs.rename(family.full_name(theirs.tensors))
-    _check_head(family, model, theirs, folder)
-    unasked = re.compile(family.buffers + (f"|{re.escape(family.head)}" if model.tie_embeddings else ""))
+    aliases = {**dict(family.aliases), **({family.head: family.embedding} if model.tie_embeddings else {})}
+    _check_aliases(aliases, theirs, folder)
+    unasked = re.compile("|".join([family.buffers, family.left_out, *map(re.escape, aliases)]))
     found = {name: tensor.shape for name, tensor in theirs.tensors.items() if not unasked.fullmatch(name)}
     check_tensors(wanted, found, folder)
     folders.check_tokenizer(folder, model.vocab_size)
@@ -156,14 +162,16 @@ def _check_sizes(model: ModelConfig, theirs: Folder, folder: str) -> None:
             raise FamilyError(f"{folder}: config.json has {name}={size}, more than its tensors can be")
 
 
-def _check_head(family: Family, model: ModelConfig, theirs: Folder, folder: str) -> None:
-    """Of tied embeddings, files may hold both, if they are the same."""
-    head, table = family.head, family.embedding
-    if model.tie_embeddings and head in theirs.tensors and table in theirs.tensors:
-        a, b = theirs.tensors[head], theirs.tensors[table]
-        same = (a.dtype, a.shape) == (b.dtype, b.shape)
-        if not same or theirs.read(head).tobytes() != theirs.read(table).tobytes():
-            raise FamilyError(f"{folder}: {head} differs from {table}, and config.json says tie_word_embeddings=true")
+def _check_aliases(aliases: Mapping[str, str], theirs: Folder, folder: str) -> None:
+    """Of tied tensors, files may hold both, if they are the same."""
+    for name, other in aliases.items():
+        if name in theirs.tensors and other in theirs.tensors:
+            a, b = theirs.tensors[name], theirs.tensors[other]
+            same = (a.dtype, a.shape) == (b.dtype, b.shape)
+            if not same or theirs.read(name).tobytes() != theirs.read(other).tobytes():
+                raise FamilyError(
+                    f"{folder}: {name} differs from {other}, and config.json says tie_word_embeddings=true"
+                )
 
 
 def _types_of_parameters(wanted: Sequence[Entry], theirs: Folder, dtype: str | None) -> dict[str, np.dtype]:
@@ -244,7 +252,7 @@ def to_hf(
             with contextlib.closing(Folder(temporary)) as theirs:
                 check_tensors(wanted, {name: t.shape for name, t in theirs.tensors.items()}, out)
                 _verify(wanted, theirs, _parts_read(reader, model), lambda e: types[e.name], total, console)
-    return Converted(family.model_type, model, len(wanted), total, companions)
+    return Converted(family.model_type, model, len(wanted), total, companions, [])
 
 
 def _write_theirs(
@@ -344,7 +352,7 @@ def check_arrays(reader: ArrayReader, model: ModelConfig, run: str) -> None:
 def _layer(entry: Entry) -> int:
     """Of the files' order: embeddings, then layer by layer, then the rest."""
     number = re.search(r"\.(\d+)\.", entry.name)
-    return int(number[1]) if number else -1 if entry.parts[0].path in ("embed", "positions") else 1 << 62
+    return int(number[1]) if number else -1 if entry.parts[0].path in EMBEDDINGS else 1 << 62
 
 
 # ---- both

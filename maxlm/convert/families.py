@@ -297,9 +297,61 @@ GPT2 = Family(
     prefix="transformer.",
     buffers=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
 )
+BERT_LAYER = {
+    "attention.self.query": ("attention/q", "(NH)", "D"),
+    "attention.self.key": ("attention/k", "(KH)", "D"),
+    "attention.self.value": ("attention/v", "(KH)", "D"),
+    "attention.output.dense": ("attention/o", "D", "(NH)"),
+    "intermediate.dense": ("mlp/up", "F", "D"),
+    "output.dense": ("mlp/down", "D", "F"),
+}
+BERT_NORMS = {
+    "bert.embeddings.LayerNorm": "embed_norm",
+    "bert.encoder.layer.{}.attention.output.LayerNorm": "layers/*/attention_post_norm",
+    "bert.encoder.layer.{}.output.LayerNorm": "layers/*/mlp_post_norm",
+    "cls.predictions.transform.LayerNorm": "head/norm",
+}
+BERT = Family(
+    "bert",
+    "BertForMaskedLM",
+    (
+        row("bert.embeddings.word_embeddings.weight", "embed", "VD"),
+        row("bert.embeddings.position_embeddings.weight", "positions", "TD"),
+        row("bert.embeddings.token_type_embeddings.weight", "token_types", "YD"),
+        *(row(f"bert.encoder.layer.{{}}.{n}.weight", f"layers/*/{p}", o + i) for n, (p, o, i) in BERT_LAYER.items()),
+        *(row(f"bert.encoder.layer.{{}}.{n}.bias", f"layers/*/{p}_bias", o) for n, (p, o, _) in BERT_LAYER.items()),
+        *(row(f"{n}.{kind}", f"{p}/{kind}", "D") for n, p in BERT_NORMS.items() for kind in ("weight", "bias")),
+        row("cls.predictions.transform.dense.weight", "head/dense", "OD"),
+        row("cls.predictions.transform.dense.bias", "head/dense_bias", "O"),
+        row("cls.predictions.decoder.weight", "unembed", "VD"),
+        row("cls.predictions.bias", "unembed_bias", "V"),
+    ),
+    (
+        *SHAPES,
+        Key("max_position_embeddings", "max_positions", 512),
+        Key("type_vocab_size", "num_token_types", 2),
+        Key("layer_norm_eps", "norm_eps", 1e-12),
+        Key("hidden_act", "activation", "gelu", GPT2_ACTIVATIONS),
+        # of the output projection's two biases, transformers 5 uses another one where it is not tied
+        Only("tie_word_embeddings", True),
+        Only("position_embedding_type", "absolute", (None,)),
+        Only("is_decoder", False),
+        Only("add_cross_attention", False),
+    ),
+    (
+        *(("causal", False), ("norm", "layer"), ("norm_bias", True), ("norm_position", "residual")),
+        *(("position", "learned"), ("embed_norm", True), ("mlp", "plain"), ("mlp_bias", True)),
+        *(("attention_bias", "all"), ("tie_embeddings", True), ("head_transform", True), ("unembed_bias", True)),
+    ),
+    prefix="bert.",
+    buffers=r"bert\.embeddings\.(position_ids|token_type_ids)",
+    left_out=r"bert\.pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
+    aliases=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
+    renamed=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+)
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, OLMO2, GPT2)
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE, OLMO2, GPT2, BERT)
 }
 REFUSED = {"gemma3": "is a model of images and text; take its text model, which is gemma3_text"}
 """Families that look like others and are not."""

@@ -50,6 +50,9 @@ class Family:
         fields: what its models have in common, of ours.
         prefix: of tensors' names; files may leave it out of all that have it.
         buffers: regular expression of the names of tensors that files may hold and that the config says.
+        left_out: likewise of tensors that are no part of the model, about which users are told.
+        aliases: names of tensors that files may hold, beside those that they have to be the same as.
+        renamed: endings of names in older files, and what they are.
     """
 
     model_type: str
@@ -59,6 +62,9 @@ class Family:
     fields: tuple[tuple[str, Any], ...] = ()
     prefix: str = "model."
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    left_out: str = r"(?!)"
+    aliases: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def embedding(self) -> str:
@@ -71,11 +77,17 @@ class Family:
         return self._holding("unembed")
 
     def full_name(self, names: Collection[str]) -> Callable[[str], str]:
-        """Puts the prefix before the names of a file's tensors, if it has been left out."""
-        if any(name.startswith(self.prefix) for name in names):
-            return lambda name: name
+        """Puts the prefix before the names of a file's tensors, if it has been left out, and renames endings."""
+        prefixed = any(name.startswith(self.prefix) for name in names)
         outside = {row.theirs for row in self.rows if not row.theirs.startswith(self.prefix)}
-        return lambda name: name if name in outside else self.prefix + name
+
+        def full(name: str) -> str:
+            for old, new in self.renamed:
+                if name.endswith(old) and (other := name.removesuffix(old) + new) not in names:
+                    name = other
+            return name if prefixed or name in outside else self.prefix + name
+
+        return full
 
     def _holding(self, ours: str) -> str:
         return next(row.theirs for row in self.rows if row.parts[0][0] == ours)

@@ -33,9 +33,17 @@ class Scorer:
         opened: the model.
         batch_tokens: tokens on all devices at a time.
         mesh: that with which it was opened.
+
+    Raises:
+        EvaluationError: its tokens see those that follow.
     """
 
     def __init__(self, opened: OpenModel, mesh: MeshConfig, batch_tokens: int):
+        if not opened.model.causal:
+            raise EvaluationError(
+                f"model.causal=false: each token of {opened.place} sees those that follow, so that next-token "
+                "likelihoods mean nothing; it gives hidden states and logits of whole texts (docs/convert.md)"
+            )
         self.opened, self._mesh, self._batch_tokens = opened, mesh, batch_tokens
         sizes = axis_sizes(mesh, opened.mesh.size)
         self._shards = math.prod(sizes[axis] for axis in ("slice", "data", "fsdp", "expert"))

@@ -183,6 +183,7 @@ def _look(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
     """An attention kernel of one token per row (T is 1): keeps its keys and values and looks at all that are kept."""
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, constrain(new, "BSKH"), cache.index, 1)  # noqa: E731

@@ -29,6 +29,11 @@ class Generator:
     """
 
     def __init__(self, model: ModelConfig, params: Params, mesh: Mesh):
+        if not model.causal:
+            raise ValueError(
+                "model.causal=false: each token sees those that follow, so the model cannot continue a text; "
+                "it gives hidden states and logits of whole texts (docs/convert.md)"
+            )
         if mesh.shape.get("stage", 1) > 1 or mesh.shape.get("context", 1) > 1:
             raise ValueError("mesh.stage and mesh.context must be 1 to generate; use mesh.tensor or mesh.data")
         self.model, self.mesh = model, mesh

@@ -18,8 +18,9 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Causal grouped-query attention within segments, softmax in float32.
+    """Grouped-query attention within segments, softmax in float32.
 
     Args:
         q_BTNH: queries; N is a multiple of K, and query head n uses key/value head n // (N / K).
@@ -29,6 +30,7 @@ def attention(
         scale: multiplies the logits.
         window: keys a query sees, itself included; None means all before it.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, 2.1).
+        causal: a query sees keys at its place and before; else all (window is None then).
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -40,7 +42,8 @@ def attention(
     for start in range(0, T, T // count):
         stop = start + T // count
         rows, keys = slice(start, stop), slice(0 if window is None else max(0, start - window + 1), stop)
-        seen = _seen_BTS(segments_BT, rows, keys, window)
+        keys = keys if causal else slice(0, T)
+        seen = _seen_BTS(segments_BT, rows, keys, window, causal)
         outs.append(attend(q_BTNH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], seen, scale, softcap))
     return outs[0] if count == 1 else jnp.concatenate(outs, axis=1)
 
@@ -88,10 +91,12 @@ def _mix_backward(saved: tuple[jax.Array, jax.Array, jax.Array], do: jax.Array) 
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _seen_BTS(segments_BT: jax.Array, rows: slice, keys: slice, window: int | None) -> jax.Array:
+def _seen_BTS(segments_BT: jax.Array, rows: slice, keys: slice, window: int | None, causal: bool) -> jax.Array:
+    same = segments_BT[:, rows, None] == segments_BT[:, None, keys]
+    if not causal:
+        return constrain(same, "BTS")
     distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    same = segments_BT[:, rows, None] == segments_BT[:, None, keys]
     return constrain(same & near[None], "BTS")
 
 

@@ -22,6 +22,7 @@ def fused_attention(
     *,
     scale: float,
     window: int | None,
+    causal: bool,
     on_gpu: bool,
 ) -> jax.Array:
     """As kernels.attention.attention, on one device.
@@ -33,6 +34,7 @@ def fused_attention(
         segments_BT: int32 document numbers; None where every row is one document.
         scale: multiplies the logits.
         window: keys a query sees, itself included; None is all before it.
+        causal: a query sees keys at its place and before; else all.
         on_gpu: use cuDNN.
     """
     same = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
@@ -42,7 +44,7 @@ def fused_attention(
         v_BTKH,
         mask=same,
         scale=scale,
-        is_causal=True,
+        is_causal=causal,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if on_gpu else "xla",
     )

@@ -65,5 +65,6 @@ class Attention(nnx.Module):
             scale=config.attention_scale or config.head_size**-0.5,
             window=config.sliding_window if local else None,
             softcap=config.attention_softcap,
+            causal=config.causal,
         )
         return linear("BTNH,NHD->BTD", o_BTNH, self.o, self.o_bias)

@@ -14,6 +14,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every dimension letter that a parameter may have."""
     return {
         "D": config.d_model,
+        "O": config.d_model,  # what a matrix makes of D
         "N": config.num_heads,
         "K": config.kv_heads,
         "J": config.kv_heads,
@@ -23,6 +24,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "X": config.num_experts or 0,
         "V": config.padded_vocab,
         "T": config.max_positions or 0,  # rows of the learned position table
+        "Y": config.num_token_types,
     }
 
 

@@ -84,7 +84,8 @@ class Block(nnx.Module):
         self.attention = Attention(attention_key, config, kind)
         self.mlp = Mlp(mlp_key, config) if dense else None
         self.moe = None if dense else Moe(mlp_key, config)
-        pre, post = config.norm_position in ("pre", "both"), config.norm_position in ("post", "both")
+        pre, post = config.norm_position in ("pre", "both"), config.norm_position != "pre"
+        self.norm_sum = config.norm_position == "residual"
         self.attention_norm = Norm(config) if pre else None
         self.attention_post_norm = Norm(config) if post else None
         self.mlp_norm = Norm(config) if pre else None
@@ -103,14 +104,18 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h = _apply(self.attention_norm, x_BTD)
             h = self.attention(h, positions_BT, segments_BT, ops.kernel)
-            x_BTD = x_BTD + ops.drop(_apply(self.attention_post_norm, h), 2 * number + 1)
+            x_BTD = self._added(x_BTD, h, self.attention_post_norm, ops.drop, 2 * number + 1)
         with jax.named_scope("mlp" if self.moe is None else "experts"):
             h = _apply(self.mlp_norm, x_BTD)
             if self.mlp is not None:
                 h = self.mlp(h)
             elif self.moe is not None:
                 h, aux = self.moe(h, ops.dispatch)
-            return x_BTD + ops.drop(_apply(self.mlp_post_norm, h), 2 * number + 2), aux
+            return self._added(x_BTD, h, self.mlp_post_norm, ops.drop, 2 * number + 2), aux
+
+    def _added(self, x: jax.Array, h: jax.Array, norm: Norm | None, drop: Drop, number: jax.Array | int) -> jax.Array:
+        """The residual stream and what a sublayer gives, normed before or after."""
+        return _apply(norm, x + drop(h, number)) if self.norm_sum else x + drop(_apply(norm, h), number)
 
 
 def make_layers(

@@ -43,6 +43,7 @@ class Options:
         interpret: run splash on any machine, slowly, and plain XLA in cuDNN's place.
         packed: rows may hold several documents.
         chip: hardware.Chip.name of the devices, for splash's block sizes.
+        causal: a query sees keys at its place and before; else all.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Options:
     interpret: bool = False
     packed: bool = True
     chip: str | None = None
+    causal: bool = True
 
 
 class Tokens(NamedTuple):
@@ -101,6 +103,7 @@ def sharded_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
     interpret: bool = False,
     packed: bool = True,
     chip: str | None = None,
@@ -117,6 +120,7 @@ def sharded_attention(
         scale: multiplies the logits.
         window: keys a query sees, itself included.
         softcap: bound of the logits.
+        causal: a query sees keys at its place and before; else all.
         interpret: run splash on any machine, slowly, and plain XLA in cuDNN's place.
         packed: rows may hold several documents.
         chip: hardware.Chip.name of the devices, for splash's block sizes.
@@ -128,8 +132,9 @@ def sharded_attention(
     if local == "cudnn" and (shards > 1 or not fused.takes(q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[3], softcap)):
         local = "plain"
     if local == "plain" and shards == 1:
-        return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window, softcap=softcap)
-    options = Options(kind, local, scale, window, softcap, interpret, packed, chip)
+        options = {"scale": scale, "window": window, "softcap": softcap, "causal": causal}
+        return attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, **options)
+    options = Options(kind, local, scale, window, softcap, interpret, packed, chip, causal)
     if local == "cudnn":
         return _fused_attention(options, q_BTNH, k_BTKH, v_BTKH, segments_BT)
     return _attention(options, q_BTNH, k_BTKH, v_BTKH, segments_BT)
@@ -159,7 +164,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _fused(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     seen = segments if options.packed else None
     return fused.fused_attention(
-        q, k, v, seen, scale=options.scale, window=options.window, on_gpu=not options.interpret
+        q,
+        k,
+        v,
+        seen,
+        scale=options.scale,
+        window=options.window,
+        causal=options.causal,
+        on_gpu=not options.interpret,
     )
 
 
@@ -248,6 +260,8 @@ def _rounds(options: Options, own: Keys, stay: Any, travel: Any, see: Any) -> tu
     low, high, me = slice(t // 2), slice(t // 2, None), jax.lax.axis_index(AXIS)
 
     def meet(step: jax.Array, kv: Keys, state: Any) -> Any:
+        if not options.causal:
+            return see(everything, everything, kv, state)
         earlier = (me - step) % count < me
         return jax.lax.cond(
             earlier,
@@ -309,7 +323,8 @@ def _attend_back(options: Options, own: bool, queries: Any, tokens: Tokens, kv: 
 
 
 def _splash(options: Options, own: bool) -> splash.Splash:
-    return splash.Splash(options.scale, own, options.window, options.softcap, options.interpret, options.chip)
+    causal = own and options.causal
+    return splash.Splash(options.scale, causal, options.window, options.softcap, options.interpret, options.chip)
 
 
 def _segments(options: Options, tokens: Tokens, kv: Keys) -> tuple[jax.Array, jax.Array] | None:
@@ -318,9 +333,12 @@ def _segments(options: Options, tokens: Tokens, kv: Keys) -> tuple[jax.Array, ja
 
 def _seen(options: Options, queries: Tokens, keys: Tokens) -> jax.Array:
     """Which keys count: bool [b, t, s]."""
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    if not options.causal:
+        return same
     distance = queries.places[:, None] - keys.places[None, :]
     near = distance >= 0 if options.window is None else (distance >= 0) & (distance < options.window)
-    return near[None] & (queries.segments[:, :, None] == keys.segments[:, None, :])
+    return near[None] & same
 
 
 def _places(num_tokens: int) -> jax.Array:
