@@ -7,16 +7,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from maxlm.config import Config, MeshConfig
-from maxlm.config_file import parse_config
+from maxlm.config import MeshConfig
+from maxlm.infer.encode import bucket, passes_of, put_rows, whole
 from maxlm.infer.models import OpenModel
-from maxlm.mesh import axis_sizes, check_fit
+from maxlm.mesh import axis_sizes
 from maxlm.passes import PlainPasses
 from maxlm.sharding import compute_spec
-from maxlm.step import build_program
-
-SMALLEST_BUCKET = 32
-"""Tokens; shorter rows are padded to it, longer ones to its doubles, so that few programs are compiled."""
 
 LOGITS = 2**28
 """Logits that a device holds at a time, at most, as a count (1 GiB), where greedy decoding is asked for."""
@@ -86,8 +82,8 @@ class Scorer:
         for row, given in zip(rows, (tokens_BT, targets_BT), strict=True):
             row[:B] = given
         with jax.set_mesh(self.opened.mesh):
-            found = run(self.opened.params, *(_put(row) for row in rows))
-        losses, *hits = (_whole(x)[:B] for x in found if x is not None)
+            found = run(self.opened.params, *(put_rows(row) for row in rows))
+        losses, *hits = (whole(x)[:B] for x in found if x is not None)
         return -losses, *hits
 
     def loglikelihoods(
@@ -121,9 +117,8 @@ class Scorer:
 
     def bucket(self, length: int) -> int:
         """Tokens of the row in which so many are scored; what the mesh's context shards divide."""
-        T = max(SMALLEST_BUCKET, 1 << (max(1, length) - 1).bit_length())
         learned = self.opened.model.max_positions if self.opened.model.position == "learned" else None
-        return T if learned is None else min(T, learned)
+        return bucket(length, learned)
 
     def _buckets(self, lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         """Batches of numbers of rows, the longest first: what does not fit into memory shows at once."""
@@ -139,19 +134,9 @@ class Scorer:
         """Rows, and the compiled function of that many."""
         if (T, greedy) not in self._runs:
             num_rows = self.rows_at_once(T, greedy)
-            config = _config(self.opened, self._mesh, num_rows, T)
-            check_fit(config, axis_sizes(self._mesh, self.opened.mesh.size))
-            passes = build_program(config, self.opened.mesh).passes
-            assert isinstance(passes, PlainPasses)
+            passes = passes_of(self.opened, self._mesh, num_rows, T)
             self._runs[T, greedy] = num_rows, jax.jit(partial(_losses, passes, greedy))
         return self._runs[T, greedy]
-
-
-def _config(opened: OpenModel, mesh: MeshConfig, batch_size: int, seq_len: int) -> Config:
-    train = {"steps": 1, "batch_size": batch_size, "seq_len": seq_len, "remat": "none"}
-    model = opened.model.model_dump(mode="json")
-    config = parse_config({"model": model, "data": {"stores": [{"path": "none"}]}, "train": train})
-    return config.model_copy(update={"mesh": mesh})
 
 
 def _losses(
@@ -161,16 +146,3 @@ def _losses(
     # what fills a row up comes after all that is scored, which does not see it
     rows = {"tokens": tokens_BT, "targets": targets_BT, "positions": places_BT, "segments": 0 * places_BT + 1}
     return passes.token_losses(params, rows, greedy)
-
-
-def _put(x_BT: np.ndarray) -> jax.Array:
-    place = jax.sharding.NamedSharding(jax.sharding.get_mesh(), compute_spec("BS"))
-    return jax.make_array_from_callback(x_BT.shape, place, lambda at: x_BT[at])
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
