@@ -1,6 +1,7 @@
 """Models of every family: their tensors and ours are the same numbers, and both sides are accounted for."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +49,14 @@ CASES = {  # config.json of a small model of each kind
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 10, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", **SIZES, "sliding_window": 5},
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral, window": {
+        "model_type": "mixtral",
+        **SIZES,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         **SIZES,
@@ -55,6 +64,15 @@ CASES = {  # config.json of a small model of each kind
         "num_experts": 5,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
+    },
+    "qwen3_moe, normalized": {
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
     },
     "olmo2": {"model_type": "olmo2", **SIZES},
     "gpt2": {
@@ -64,7 +82,7 @@ CASES = {  # config.json of a small model of each kind
         "n_inner": 28,
         "n_layer": 4,
         "n_head": 4,
-        "n_positions": 40,
+        "n_positions": 64,
         "layer_norm_epsilon": 1e-3,
     },
     "bert": {
@@ -75,7 +93,15 @@ CASES = {  # config.json of a small model of each kind
         "layer_norm_eps": 1e-3,
     },
     "gemma": {"model_type": "gemma", **SIZES, "head_dim": 10},
-    "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 10, "sliding_window": 5, "query_pre_attn_scalar": 7},
+    "gemma2": {
+        "model_type": "gemma2",
+        **SIZES,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
     "gemma3": {"model_type": "gemma3_text", **GEMMA3},
     "gemma3, scaled": {
         "model_type": "gemma3_text",
@@ -96,7 +122,8 @@ def read(name):
 def random_tensors(wanted, dtype=np.float32, seed=0, norms=1.0):
     """Tensors in which no number is at its default: norms are around `norms`, all else around zero."""
     rng = np.random.default_rng(seed)
-    return {e.name: (norms * ("norm" in e.name) + 0.2 * rng.standard_normal(e.shape)).astype(dtype) for e in wanted}
+    around = {e.name: norms * bool(re.search("norm/weight", e.parts[0].path)) for e in wanted}
+    return {e.name: (around[e.name] + 0.2 * rng.standard_normal(e.shape)).astype(dtype) for e in wanted}
 
 
 def to_params(model, wanted, tensors):

@@ -34,7 +34,7 @@ from maxlm.leaves import named_leaves
 from maxlm.manifest import CheckpointError, DamagedError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-SHARED = {"max_position_embeddings": 64, "torch_dtype": "bfloat16", "eos_token_id": 7}
+SHARED = {"max_position_embeddings": 64, "torch_dtype": "bfloat16", "eos_token_id": 7, "pad_token_id": None}
 
 
 def write_model(folder, name="llama", dtype=BF16, shard_bytes=10**9, **changed):
