@@ -115,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm.data import cli as data_cli
     from maxlm.evaluate import cli as evaluate_cli
     from maxlm.infer import cli as infer_cli
+    from maxlm.launch import cli as launch_cli
 
-    for part in (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise):
+    for part in (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise, launch_cli):
         part.add_parser(commands)
     return parser
 

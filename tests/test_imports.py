@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "model": {"config", "sharding"},
     "data": {"chat", "config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
+    "launch": {"config", "config_file", "hardware", "mesh", "places", "storage", "units"},
     "convert": {
         *(
             "checkpoint",
@@ -47,6 +48,7 @@ MAY_BE_IMPORTED_BY = {
     "trainer": {"cli", "__init__"},
     "cli": {"__main__"},
     "convert": {"cli", "infer"},
+    "launch": {"cli"},
     "__main__": set(),
 }
 # Packages whose import name says nothing about who ships it, or that several ship.

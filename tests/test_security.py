@@ -20,7 +20,7 @@ SOURCES = sorted([*(ROOT / "maxlm").rglob("*.py"), *(ROOT / "tools").rglob("*.py
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 """What they read can run code."""
 BUILTINS = {"eval", "exec", "compile"}
-YAML = {"safe_load", "safe_load_all", "SafeLoader", "CSafeLoader", "dump", "safe_dump", "YAMLError"}
+YAML = {"safe_load", "safe_load_all", "SafeLoader", "CSafeLoader", "dump", "safe_dump", "SafeDumper", "YAMLError"}
 """Names of yaml that read plain values or nothing; and the classes of its nodes."""
 KEYWORDS = {"allow_pickle", "trust_remote_code", "shell"}
 

@@ -1,0 +1,1 @@
+"""`maxlm launch`: starts a run on other machines, watches it, and leaves nothing billing. One file per target."""
