@@ -22,8 +22,9 @@ from test_convert_folders import hashes, write_model
 from maxlm.cli import main
 from maxlm.config import MeshConfig, ModelConfig
 from maxlm.config_file import ConfigError
-from maxlm.convert.convert import from_hf, to_hf
 from maxlm.convert.families import FamilyError
+from maxlm.convert.from_hf import from_hf
+from maxlm.convert.to_hf import to_hf
 from maxlm.flops import attention_flops_per_token, num_params
 from maxlm.infer.encode import Encoder
 from maxlm.infer.models import ModelError, open_model

@@ -16,18 +16,19 @@ import yaml
 from helpers import one_document, our_logits, program_on, small_config
 from test_convert import CASES, SCALED, SIZES, random_tensors, read
 
-import maxlm.convert.convert as convert_module
 from maxlm import fingerprint
 from maxlm.checkpoint import Checkpoints
 from maxlm.cli import main
 from maxlm.config import CheckpointConfig
-from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.arrays import ArrayWriter
 from maxlm.convert.families import FAMILIES, FamilyError
 from maxlm.convert.folders import ConvertError
+from maxlm.convert.from_hf import from_hf
 from maxlm.convert.mapping import entries
 from maxlm.convert.parallel import BAND, bands, contiguous, run_all
 from maxlm.convert.safetensors import INDEX, SINGLE, Folder, SafetensorsError
 from maxlm.convert.safetensors_writer import Writer
+from maxlm.convert.to_hf import to_hf
 from maxlm.data.tokenizer import train_bpe
 from maxlm.init_from import read_parameters
 from maxlm.leaves import named_leaves
@@ -224,7 +225,7 @@ def test_damage_is_found(tmp_path):
 def test_what_is_interrupted_leaves_no_folder(way, tmp_path, monkeypatch):
     write_model(tmp_path / "hf")
     from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
-    kind, method = (convert_module.ArrayWriter, "write") if way == "from" else (convert_module.Writer, "write_pieces")
+    kind, method = (ArrayWriter, "write") if way == "from" else (Writer, "write_pieces")
     before, calls = getattr(kind, method), []
 
     def write(self, *args):

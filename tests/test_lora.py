@@ -13,7 +13,8 @@ import maxlm
 from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import CheckpointConfig
 from maxlm.config_file import ConfigError
-from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.from_hf import from_hf
+from maxlm.convert.to_hf import to_hf
 from maxlm.data.build import build_store
 from maxlm.ending import bytes_per_device
 from maxlm.flops import attention_flops_per_token

@@ -6,7 +6,7 @@ from test_convert import entries, read, to_params
 from test_convert_folders import write_model
 
 from maxlm.config import MeshConfig
-from maxlm.convert.convert import from_hf
+from maxlm.convert.from_hf import from_hf
 from maxlm.infer.models import ModelError, open_model
 from maxlm.leaves import named_leaves
 from maxlm.manifest import DamagedError

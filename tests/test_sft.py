@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer
 
 import maxlm
 from maxlm.cli import main
-from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.from_hf import from_hf
+from maxlm.convert.to_hf import to_hf
 from maxlm.data.build import build_store
 from maxlm.data.tokenizer import train_bpe
 from maxlm.metrics import read_metrics

@@ -20,7 +20,8 @@ from jax.experimental.compilation_cache import compilation_cache
 import maxlm
 from maxlm.checkpoint import CheckpointError, Checkpoints
 from maxlm.config import CheckpointConfig
-from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.from_hf import from_hf
+from maxlm.convert.to_hf import to_hf
 from maxlm.data.build import build_store
 from maxlm.mesh import make_mesh
 from maxlm.metrics import read_metrics

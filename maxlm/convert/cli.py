@@ -1,6 +1,7 @@
 """`maxlm convert`: from Hugging Face folders to checkpoints and back."""
 
 import argparse
+import gc
 import json
 import shlex
 from typing import Any
@@ -51,17 +52,22 @@ def _add(commands: Any, name: str, run: Any, text: str) -> Any:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    convert = _on_cpu()
-    done = convert.from_hf(args.folder, args.out, dtype=args.dtype, verify=args.verify, console=_console())
+    _on_cpu()
+    from maxlm.convert.from_hf import from_hf
+
+    done = from_hf(args.folder, args.out, dtype=args.dtype, verify=args.verify, console=_console())
     _show(args, done, f"put model.yaml's section into a config, and set train.init_from={shlex.quote(args.out)}")
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    convert = _on_cpu()
+    _on_cpu()
+    from maxlm.convert.folders import ConvertError
+    from maxlm.convert.to_hf import to_hf
+
     if not 0 < args.shard_gb < 1e6:
-        raise convert.ConvertError(f"--shard-gb={args.shard_gb} is to be a size in GB, above 0")
-    done = convert.to_hf(
+        raise ConvertError(f"--shard-gb={args.shard_gb} is to be a size in GB, above 0")
+    done = to_hf(
         args.folder,
         args.out,
         step=args.step,
@@ -89,13 +95,11 @@ def _show(args: argparse.Namespace, done: Any, then: str) -> None:
     print(f"  came along: {', '.join(done.companions) or 'nothing'}\n  next: {then}")
 
 
-def _on_cpu() -> Any:
+def _on_cpu() -> None:
+    gc.set_threshold(100_000)  # imports make objects that stay, and the collector visits them often
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # accelerators may be busy training
-    from maxlm.convert import convert
-
-    return convert
 
 
 def _console() -> Any:

@@ -23,10 +23,11 @@ from maxlm.checkpoint import Checkpoints
 from maxlm.config import CheckpointConfig, MeshConfig, ModelConfig
 from maxlm.config_file import load_config
 from maxlm.convert import folders
-from maxlm.convert.convert import accounted, check_arrays, saved_model
+from maxlm.convert.from_hf import accounted
 from maxlm.convert.merged import open_arrays
 from maxlm.convert.parallel import contiguous
 from maxlm.convert.safetensors import Folder
+from maxlm.convert.to_hf import check_arrays, saved_model
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from maxlm.leaves import map_paths, named_leaves

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maxlm.cli import main
-from maxlm.convert.convert import from_hf
 from maxlm.convert.families import FAMILIES, FamilyError, family_of
+from maxlm.convert.from_hf import from_hf
 from maxlm.convert.mapping import entries
 from maxlm.convert.safetensors_writer import Writer
 
