@@ -29,7 +29,7 @@ import jax
 from pydantic import TypeAdapter
 
 from maxlm import storage, summary
-from maxlm.config import Config
+from maxlm.config import Config, ModelConfig
 from maxlm.config_file import ConfigError, to_yaml
 
 
@@ -120,6 +120,8 @@ class RunFolder:
                 ) from None
             if isinstance(there, dict):
                 there.setdefault("optim.state_dtype", "float32")  # of runs before there was a choice
+                if isinstance(there.get("model"), dict):
+                    there["model"] = {**_model_defaults(), **there["model"]}
             _refuse_unknown(allowed, _fields(wanted) | _fields(there))
             changes = _changes(there, wanted)
             within = {field: any(field == a or field.startswith(f"{a}.") for a in allowed) for field in changes}
@@ -196,6 +198,12 @@ def _fields(tree: Any, path: str = "") -> set[str]:
     """Paths of all parts of an identity."""
     inner = tree.items() if isinstance(tree, dict) else ()
     return {path} - {""} | {field for key, value in inner for field in _fields(value, f"{path}.{key}".lstrip("."))}
+
+
+def _model_defaults() -> dict[str, Any]:
+    """What models are of runs before a field was added."""
+    fields = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    return json.loads(json.dumps(fields))
 
 
 def _changes(there: Any, here: Any, path: str = "") -> dict[str, str]:

@@ -273,6 +273,15 @@ def test_another_run_in_the_same_folder_is_refused(one_run, sections, word):
     assert all(p.read_bytes() == data for p, data in before.items())
 
 
+def test_a_run_of_before_a_field_was_added_is_the_same_run(one_run):
+    folder, store = one_run
+    path = folder / "identity.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "model": {k: v for k, v in saved["model"].items() if k != "causal"}}))
+    assert maxlm.train(config(folder.parent, store, train={"steps": 2})).status == "already complete"
+    path.write_text(json.dumps(saved))
+
+
 @pytest.mark.parametrize(
     ("sections", "allowed", "word"),
     [
