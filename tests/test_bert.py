@@ -206,8 +206,9 @@ def test_what_it_costs():
     assert num_params(model)["total"] == 109_514_298  # of transformers.BertForMaskedLM(BertConfig())
 
 
+@pytest.mark.slow
 def test_it_learns_masked_tokens(tmp_path):
-    config = bert_config(steps=30, batch_size=8, seq_len=16)
+    config = bert_config({"num_layers": 1}, steps=12, batch_size=8, seq_len=16)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(tmp_path)})})
     losses = []
 
@@ -219,7 +220,7 @@ def test_it_learns_masked_tokens(tmp_path):
         return {"tokens": np.where(masked, 0, targets), "targets": targets, "mask": masked.astype(np.float32)}
 
     train(config, data=data, callbacks=[lambda step, metrics: losses.append(metrics["loss"])])
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5, losses
 
 
 # ---- files

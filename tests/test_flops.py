@@ -69,6 +69,7 @@ def test_gpt2_has_its_published_parameters():
         {"qk_norm": True, "qk_norm_span": "all"},
         {"position": "learned", "max_positions": 17, "num_kv_heads": None},
         {"num_experts": 4, "experts_per_token": 2, "expert_d_ff": 12, "num_dense_layers": 1, "router_bias_rate": 0.01},
+        {"head_transform": True, "unembed_bias": True, "embed_norm": True, "num_token_types": 2},
         {"num_experts": 4, "experts_per_token": 1, "router_normalize": False, "num_shared_experts": 2, "mlp": "plain"},
     ],
     ids=str,

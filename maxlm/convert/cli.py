@@ -56,7 +56,10 @@ def _from_hf(args: argparse.Namespace) -> int:
     from maxlm.convert.from_hf import from_hf
 
     done = from_hf(args.folder, args.out, dtype=args.dtype, verify=args.verify, console=_console())
-    _show(args, done, f"put model.yaml's section into a config, and set train.init_from={shlex.quote(args.out)}")
+    then = f"put model.yaml's section into a config, and set train.init_from={shlex.quote(args.out)}"
+    if not done.model.causal:
+        then = f"Encoder(open_model({args.out!r})).hidden_states(texts), see docs/convert.md"
+    _show(args, done, then)
     return 0
 
 
@@ -77,7 +80,8 @@ def _to_hf(args: argparse.Namespace) -> int:
         verify=args.verify,
         console=_console(),
     )
-    _show(args, done, f"AutoModelForCausalLM.from_pretrained({args.out!r})")
+    kind = "CausalLM" if done.model.causal else "MaskedLM"
+    _show(args, done, f"AutoModelFor{kind}.from_pretrained({args.out!r})")
     return 0
 
 
