@@ -92,12 +92,10 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _seen_BTS(segments_BT: jax.Array, rows: slice, keys: slice, window: int | None, causal: bool) -> jax.Array:
-    same = segments_BT[:, rows, None] == segments_BT[:, None, keys]
-    if not causal:
-        return constrain(same, "BTS")
     distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return constrain(same & near[None], "BTS")
+    same = segments_BT[:, rows, None] == segments_BT[:, None, keys]
+    return constrain(same & near[None] if causal else same, "BTS")
 
 
 def chunk_forward(

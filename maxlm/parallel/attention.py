@@ -333,12 +333,10 @@ def _segments(options: Options, tokens: Tokens, kv: Keys) -> tuple[jax.Array, ja
 
 def _seen(options: Options, queries: Tokens, keys: Tokens) -> jax.Array:
     """Which keys count: bool [b, t, s]."""
-    same = queries.segments[:, :, None] == keys.segments[:, None, :]
-    if not options.causal:
-        return same
     distance = queries.places[:, None] - keys.places[None, :]
     near = distance >= 0 if options.window is None else (distance >= 0) & (distance < options.window)
-    return near[None] & same
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    return near[None] & same if options.causal else same
 
 
 def _places(num_tokens: int) -> jax.Array:
