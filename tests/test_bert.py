@@ -123,7 +123,7 @@ def test_queries_see_both_sides_of_their_segment(mesh, kind, local):
     for i, grad in enumerate(grads):  # along a direction, by differences
         step = rng.standard_normal(grad.shape)
         move = lambda t, i=i, step=step: [x + t * step if j == i else x for j, x in enumerate(map(to64, (q, k, v)))]  # noqa: E731
-        up, down = (reference(*move(t), segments, 0.3) for t in (1e-5, -1e-5))
+        up, down = (reference(*move(t), segments=segments, scale=0.3) for t in (1e-5, -1e-5))
         want = ((up - down) / 2e-5 * to64(do)).sum()
         assert abs((grad * step).sum() - want) <= bound * 10 * max(1.0, abs(want))
 
