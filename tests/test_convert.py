@@ -74,6 +74,15 @@ CASES = {  # config.json of a small model of each kind
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe, dense first": {
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "head_dim": 10,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "mlp_only_layers": [0],
+    },
     "olmo2": {"model_type": "olmo2", **SIZES},
     "gpt2": {
         "model_type": "gpt2",
@@ -214,6 +223,8 @@ def test_a_model_of_no_family():
         ({"rope_scaling": 3}, "rope_scaling=3 is to be an object"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not the first layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers=1 is not the first layers"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True is not False"),
     ],
 )

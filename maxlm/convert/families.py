@@ -10,7 +10,20 @@ from typing import Any
 
 from maxlm.config_model import ModelConfig
 from maxlm.convert.family import Family, Row, row
-from maxlm.convert.keys import FamilyError, Key, Layers, Only, QueryScale, RootScale, Rope, Tree, Widened, Window, short
+from maxlm.convert.keys import (
+    DenseFirst,
+    FamilyError,
+    Key,
+    Layers,
+    Only,
+    QueryScale,
+    RootScale,
+    Rope,
+    Tree,
+    Widened,
+    Window,
+    short,
+)
 
 # ---- tensors
 
@@ -169,7 +182,7 @@ QWEN3_MOE = Family(
         Key("moe_intermediate_size", "expert_d_ff", 768),
         Key("norm_topk_prob", "router_normalize", False),
         Only("decoder_sparse_step", 1),
-        Only("mlp_only_layers", [], (None,)),
+        DenseFirst(),
         Only("use_sliding_window", False),
     ),
     (("qk_norm", True),),

@@ -286,6 +286,23 @@ class Only:
         return {self.theirs: self.value}
 
 
+@dataclass(frozen=True)
+class DenseFirst:
+    """Layers without experts, which in maxlm are the first ones."""
+
+    def read(self, tree: Tree) -> dict[str, Any]:
+        """See Part."""
+        found = tree.get("mlp_only_layers")
+        found = [] if found is None else found
+        if not isinstance(found, list) or any(type(n) is not int or n != i for i, n in enumerate(found)):
+            raise FamilyError(f"mlp_only_layers={short(found)} is not the first layers, 0 and so on, as maxlm has them")
+        return {"num_dense_layers": len(found)}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """See Part."""
+        return {"mlp_only_layers": list(range(min(model.num_dense_layers, MOST_LAYERS)))}
+
+
 def _object(tree: Tree, name: str) -> Tree:
     value = tree.get(name) or {}
     if not isinstance(value, dict):
