@@ -22,7 +22,6 @@ def ask(data: bytes) -> None:
         questions = read_questions(lines, NAME)
     except EvaluationError as error:
         told(error, NAME)
-        assert "\n" not in str(error) and len(str(error)) < 400
         return
     for question in questions:
         assert 0 <= question.answer < len(question.choices)
