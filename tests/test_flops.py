@@ -70,6 +70,7 @@ def test_gpt2_has_its_published_parameters():
         {"position": "learned", "max_positions": 17, "num_kv_heads": None},
         {"num_experts": 4, "experts_per_token": 2, "expert_d_ff": 12, "num_dense_layers": 1, "router_bias_rate": 0.01},
         {"head_transform": True, "unembed_bias": True, "embed_norm": True, "num_token_types": 2},
+        {"num_layers": 5, "layer_pattern": ["local", "local", "global"], "sliding_window": 7},
         {"num_experts": 4, "experts_per_token": 1, "router_normalize": False, "num_shared_experts": 2, "mlp": "plain"},
     ],
     ids=str,
@@ -142,6 +143,14 @@ def test_sliding_window_costs_its_window():
     assert full - window == pytest.approx(12 * 32 * 4096 * (4096 - keys))
     half = train_flops_per_token(llama_8b(layer_pattern=("local", "global"), sliding_window=1024), 8192)
     assert half == pytest.approx((full + window) / 2)
+
+
+def test_layers_that_the_pattern_leaves_over_cost_what_their_kind_costs():
+    """Gemma 3 with 26 layers: four repeats of five local layers and a global one, and two local layers more."""
+    fields = {"num_layers": 26, "sliding_window": 512}
+    mixed = train_flops_per_token(llama_8b(**fields, layer_pattern=("local",) * 5 + ("global",)), 8192)
+    local, whole = (train_flops_per_token(llama_8b(**fields, layer_pattern=(k,)), 8192) for k in ("local", "global"))
+    assert mixed == pytest.approx((22 * local + 4 * whole) / 26)
 
 
 def test_attention_flops_approach_an_exact_count():

@@ -88,6 +88,7 @@ def test_data_fsdp_tensor_and_slices(mesh, model):
     [
         ({"context": 4, "data": 2}, WINDOW, 1),
         ({"context": 2, "fsdp": 2, "tensor": 2}, FEW_HEADS, 2),
+        ({"context": 2, "tensor": 2}, {**WINDOW, "num_layers": 5}, 1),  # one layer more than repeats
     ],
     ids=str,
 )
