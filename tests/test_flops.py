@@ -3,6 +3,7 @@ import pytest
 from helpers import program_on, small_config
 
 from maxlm.config import ModelConfig
+from maxlm.cost import cost_of
 from maxlm.flops import mfu, num_params, train_flops_per_token
 
 
@@ -151,6 +152,17 @@ def test_layers_that_the_pattern_leaves_over_cost_what_their_kind_costs():
     mixed = train_flops_per_token(llama_8b(**fields, layer_pattern=("local",) * 5 + ("global",)), 8192)
     local, whole = (train_flops_per_token(llama_8b(**fields, layer_pattern=(k,)), 8192) for k in ("local", "global"))
     assert mixed == pytest.approx((22 * local + 4 * whole) / 26)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_multiplies_as_much_with_layers_left_over():
+    """Plain attention looks at all keys and masks them, so that kinds of layers differ in nothing else."""
+    fields = {**small_config().model.model_dump(), "num_layers": 5, "sliding_window": 7}
+    found = []
+    for pattern in (["global"], ["local", "global"]):
+        program = program_on(small_config(model={**fields, "layer_pattern": pattern}, train={"remat": "none"}))
+        found.append(cost_of(program, program.lower_step().compile())["matmul_flops"])
+    assert found[0] == found[1] > 0
 
 
 def test_attention_flops_approach_an_exact_count():
