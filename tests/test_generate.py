@@ -9,7 +9,7 @@ import pytest
 from helpers import perturbed_params, place, program_on, random_batch, small_config
 
 from maxlm.data.tokenizer import ByteTokenizer
-from maxlm.infer.generate import Generator
+from maxlm.infer.generate import Generator, pack_left
 from maxlm.infer.sampling import Sampling, kept_logits
 from maxlm.infer.text import TextStream
 
@@ -80,6 +80,15 @@ def continued(made: Generator, *arguments: Any, **options: Any) -> list[list[int
 def test_greedy_tokens_are_those_of_the_whole_text(model, mesh):
     found = continued(generator(model, **MESHES[mesh]), PROMPTS, NUM_TOKENS)
     assert found == reference(model)
+
+
+def test_layers_with_a_window_keep_no_more_than_it():
+    made = generator("local")
+    with jax.set_mesh(made.mesh):
+        rows = [jax.device_put(x, jax.P(*[None] * x.ndim)) for x in pack_left(PROMPTS, len(PROMPTS))]
+        numbers, seed = jax.numpy.zeros(3, jax.numpy.int32), jax.numpy.int32(0)
+        _, cache = made._decoder.prefill(made._params, *rows, numbers, seed, size=64, sampling=Sampling())
+    assert [(k.shape[1], v.shape[1]) for k, v in cache.layers] == [(5, 5), (64, 64)] * 2
 
 
 def test_what_is_drawn_hangs_on_seed_and_number_alone():

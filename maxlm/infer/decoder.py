@@ -27,7 +27,7 @@ from maxlm.sharding import compute_spec, constrain
 
 Params = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]
-"""Of one layer: [B, S, K, H] each, in the compute dtype."""
+"""Of one layer: [B, S, K, H] each, in the compute dtype; of a layer with a window S is that at most."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "starts_B", "index"], meta_fields=[])
@@ -166,9 +166,15 @@ def _keep(
     segments_BT: jax.Array,
     **options: Any,
 ) -> jax.Array:
-    """An attention kernel that keeps keys and values, with room behind them."""
-    room = ((0, 0), (0, size - k.shape[1]), (0, 0), (0, 0))
-    kept.append((constrain(jnp.pad(k, room), "BSKH"), constrain(jnp.pad(v, room), "BSKH")))
+    """An attention kernel that keeps keys and values: place i at i modulo the size, which is the window at most."""
+    size, T = min(size, options.get("window") or size), k.shape[1]
+
+    def keep(x: jax.Array) -> jax.Array:
+        if size < T:
+            return constrain(jnp.roll(x[:, -size:], T % size, 1), "BSKH")
+        return constrain(jnp.pad(x, ((0, 0), (0, size - T), (0, 0), (0, 0))), "BSKH")
+
+    kept.append((keep(k), keep(v)))
     return kernel(q, k, v, segments_BT, **options)
 
 
@@ -186,12 +192,14 @@ def _look(
     causal: bool = True,
 ) -> jax.Array:
     """An attention kernel of one token per row (T is 1): keeps its keys and values and looks at all that are kept."""
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, constrain(new, "BSKH"), cache.index, 1)  # noqa: E731
+    size = cache.layers[len(kept)][0].shape[1]
+    at = cache.index % size
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, constrain(new, "BSKH"), at, 1)  # noqa: E731
     k_BSKH, v_BSKH = map(put, cache.layers[len(kept)], (k_BTKH, v_BTKH))
     kept.append((k_BSKH, v_BSKH))
-    places_S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)
+    places_S = cache.index - (cache.index - jnp.arange(size, dtype=jnp.int32)) % size  # below 0: nothing there yet
     first_B = cache.starts_B if window is None else jnp.maximum(cache.starts_B, cache.index + 1 - window)
-    seen_BS = (places_S[None] <= cache.index) & (places_S[None] >= first_B[:, None])
+    seen_BS = places_S[None] >= first_B[:, None]
     return attend(q_BTNH, k_BSKH, v_BSKH, constrain(seen_BS[:, None], "BTS"), scale, softcap)
 
 
