@@ -3,6 +3,7 @@
 Everything up to the fixtures has to happen before jax makes its first array.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -17,7 +18,11 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",  # tests compile for minutes and compute for seconds
+        # Tests compile for minutes and compute for seconds: no optimization, no pieces for more threads, plain kernels.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # Compiles in half the time; unknown to the jaxlib of jax 0.12, which ends the process at an unknown flag.
+        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib") < "0.11" else "",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
