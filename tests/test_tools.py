@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_convert_folders import write_model
 
 from maxlm.kernels.splash_blocks import Mask, choose
 
@@ -23,6 +24,14 @@ def figures(*command):
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_convert_is_that_of_the_command_line(tmp_path):
+    write_model(tmp_path / "hf")
+    done = figures("tools/convert.py", "from-hf", str(tmp_path / "hf"), str(tmp_path / "ours"), "--verify")
+    assert (done["family"], done["verified"]) == ("llama", True)
+    assert figures("tools/convert.py", "to-hf", str(tmp_path / "ours"), str(tmp_path / "back"))["tensors"] > 0
+    assert (tmp_path / "back/model.safetensors").exists()
 
 
 def test_bench_loader():
