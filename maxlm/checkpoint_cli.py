@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxlm import storage, units
+from maxlm.commands import add_command
 from maxlm.config_file import ConfigError
 
 EXAMPLES = {
@@ -30,13 +31,7 @@ def add_parser(subparsers: Any) -> None:
         "rm": (_rm, "remove checkpoints; the newest one that is complete only with --force"),
     }
     for name, (run, text) in about.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        command = add_command(commands, name, run, text, EXAMPLES[name])
         command.add_argument("folder", metavar="RUN", help="folder or bucket of the run")
         if name != "ls":
             many = "+" if name == "rm" else "*"
@@ -45,7 +40,6 @@ def add_parser(subparsers: Any) -> None:
             command.add_argument("--force", action="store_true", help="even the newest complete one")
         else:
             command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run)
 
 
 def _ls(args: argparse.Namespace) -> int:

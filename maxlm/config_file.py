@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from maxlm import places
-from maxlm.config import Config
+from maxlm.config import Config, MeshConfig
 
 MAX_BYTES = 1 << 17
 """Of a config file."""
@@ -76,6 +76,20 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         sentences = [_clipped(_sentence(e)) for e in found[:MAX_SENTENCES]]
         more = [f"and {len(found) - MAX_SENTENCES:,} more"] if len(found) > MAX_SENTENCES else []
         raise ConfigError("\n".join([*sentences, *more])) from None
+
+
+def mesh_of(overrides: Sequence[str]) -> MeshConfig:
+    """The mesh that settings such as mesh.tensor=4 describe.
+
+    Raises:
+        ConfigError: one is no setting of the mesh.
+    """
+    if other := next((o for o in overrides if not o.startswith("mesh.")), None):
+        raise ConfigError(f"{other} is no setting of the mesh; give such as mesh.tensor=4")
+    tree: dict[str, Any] = {"data": {"stores": [{"path": "none"}]}}  # what a config has to have, besides
+    tree["model"] = {"vocab_size": 1, "num_layers": 1, "d_model": 2, "d_ff": 1, "num_heads": 1}
+    tree["train"] = {"steps": 1, "batch_size": 1, "seq_len": 1}
+    return parse_config(tree, overrides).mesh
 
 
 def read_yaml(text: str | bytes) -> Any:

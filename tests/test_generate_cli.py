@@ -61,7 +61,7 @@ def test_prompts_files_and_standard_input_give_the_same_texts(folder, tmp_path, 
     assert {r["number"]: r["text"] for r in from_file}[0] == found["text"]
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
     assert rows(capsys, folder, "--max-tokens", 6)[0]["text"] == found["text"]
-    on_mesh = rows(capsys, folder, "ab", "--max-tokens", 6, "--mesh", "data=4,tensor=2")
+    on_mesh = rows(capsys, folder, "ab", "mesh.data=4", "--max-tokens", 6, "mesh.tensor=2")
     assert on_mesh[0]["text"] == found["text"]
     cut = rows(capsys, folder, "ab", "--max-tokens", 6, "--stop", found["text"][2])[0]
     assert cut["ended_by"] == "stop" and found["text"].startswith(cut["text"]) and len(cut["text"]) <= 2
@@ -96,8 +96,9 @@ def test_a_model_says_how_it_is_sampled(folder, capsys):
         (["ab", "--system", "x"], "--chat"),
         (["ab", "--file", "x"], "--file"),
         (["--file", "none.jsonl"], "none.jsonl does not exist"),
-        (["ab", "--mesh", "tensors=2"], "tensors=2"),
-        (["ab", "--mesh", "stage=2"], "stage"),
+        (["ab", "mesh.tensors=2"], "did you mean mesh.tensor"),
+        (["ab", "mesh.stage=2"], "stage"),
+        (["--seed", "1", "a=b"], "a=b is no setting of the mesh"),
         ([""], "prompt 1 is empty"),
     ],
 )

@@ -24,12 +24,13 @@ MAY_IMPORT = {
     "sharding": {"config"},
     "kernels": {"quant", "sharding"},
     "model": {"config", "sharding"},
-    "data": {"chat", "config", "config_file", "places", "sharding", "storage"},
+    "data": {"chat", "commands", "config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
     "launch": {"config", "config_file", "hardware", "mesh", "places", "storage", "units"},
     "convert": {
         *(
             "checkpoint",
+            "commands",
             "config",
             "config_lora",
             "config_model",

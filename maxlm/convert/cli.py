@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from maxlm import units
+from maxlm.commands import add_command
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLES = {
@@ -25,9 +26,11 @@ def add_parser(subparsers: Any) -> None:
         description="Converts models tensor by tensor: no more than one is in memory.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from_hf = _add(commands, "from-hf", _from_hf, "make a checkpoint of a local folder of safetensors")
+    text = "make a checkpoint of a local folder of safetensors"
+    from_hf = add_command(commands, "from-hf", _from_hf, text, EXAMPLES["from-hf"])
     from_hf.add_argument("folder", metavar="FOLDER", help="with config.json and model.safetensors, or an index")
-    to_hf = _add(commands, "to-hf", _to_hf, "make a folder that transformers loads of a run's checkpoint")
+    text = "make a folder that transformers loads of a run's checkpoint"
+    to_hf = add_command(commands, "to-hf", _to_hf, text, EXAMPLES["to-hf"])
     to_hf.add_argument("folder", metavar="RUN", help="folder of a run, or one that from-hf made")
     to_hf.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (the newest)")
     to_hf.add_argument("--like", metavar="FOLDER", help="take the tokenizer and further settings from here (RUN/hf)")
@@ -37,18 +40,6 @@ def add_parser(subparsers: Any) -> None:
         command.add_argument("--dtype", choices=DTYPES, help="type of what is written (that of what is read)")
         command.add_argument("--verify", action="store_true", help="read both sides again and compare every bit")
         command.add_argument("--json", action="store_true", help="print what was converted as JSON")
-
-
-def _add(commands: Any, name: str, run: Any, text: str) -> Any:
-    command = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    return command
 
 
 def _from_hf(args: argparse.Namespace) -> int:

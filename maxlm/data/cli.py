@@ -5,10 +5,11 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from maxlm import storage
+from maxlm.commands import add_command
 from maxlm.data import sources
 from maxlm.data.build import Progress, build_store
 from maxlm.data.sources import DataError
@@ -57,20 +58,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_info(commands)
 
 
-def _add_command(commands: Any, name: str, run: Callable[..., int], help: str, examples: str) -> Any:
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=help[0].upper() + help[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_build(commands: Any) -> None:
-    parser = _add_command(commands, "build", _build, "tokenize text into a store, in parallel", _BUILD_EXAMPLES)
+    parser = add_command(commands, "build", _build, "tokenize text into a store, in parallel", _BUILD_EXAMPLES)
     parser.add_argument("text", nargs="+", metavar="TEXT", help=TEXT_HELP)
     parser.add_argument("--out", required=True, metavar="STORE", help="folder or gs://, s3:// url of the new store")
     parser.add_argument(
@@ -102,7 +91,7 @@ def _add_build(commands: Any) -> None:
 
 def _add_train_tokenizer(commands: Any) -> None:
     about = "train a byte-level BPE tokenizer on text"
-    parser = _add_command(commands, "train-tokenizer", _train_tokenizer, about, _TRAIN_EXAMPLES)
+    parser = add_command(commands, "train-tokenizer", _train_tokenizer, about, _TRAIN_EXAMPLES)
     parser.add_argument("text", nargs="+", metavar="TEXT", help=TEXT_HELP)
     parser.add_argument(
         "--vocab-size", type=int, required=True, metavar="N", help="token ids, as a count (257 or more)"
@@ -115,7 +104,7 @@ def _add_train_tokenizer(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _add_command(commands, "info", _info, "show what a store holds", _INFO_EXAMPLES)
+    parser = add_command(commands, "info", _info, "show what a store holds", _INFO_EXAMPLES)
     parser.add_argument("store", metavar="STORE", help="folder or gs://, s3:// url of a store")
     parser.add_argument("--verify", action="store_true", help="read all tokens and compare them with the recorded hash")
     parser.add_argument("--json", action="store_true", help="print the manifest and the sample as JSON")

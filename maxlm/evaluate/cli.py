@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.config import MeshConfig
-from maxlm.config_file import ConfigError, parse_config
+from maxlm.commands import add_command
+from maxlm.config_file import ConfigError, mesh_of
 
 BATCH_TOKENS = 8192
 LONGEST_CONTEXT = 4096
@@ -51,14 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
-    command = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
+    command = add_command(commands, name, run, text, EXAMPLES[name])
     command.add_argument("model", metavar="MODEL", help="run folder, converted model or Hugging Face folder; @STEP")
     command.add_argument("overrides", metavar="mesh.field=value", nargs="*", help="the mesh, such as mesh.tensor=4")
     command.add_argument("--batch", type=int, metavar="B", help="rows of full context at a time (8192 tokens)")
@@ -161,20 +154,6 @@ def _scorer(args: argparse.Namespace, context: int | None) -> Any:
     opened = open_model(args.model, mesh, args.dtype)
     row = min(context or opened.context, BATCH_TOKENS)
     return Scorer(opened, mesh, args.batch * row if args.batch else BATCH_TOKENS)
-
-
-def mesh_of(overrides: list[str]) -> MeshConfig:
-    """The mesh that settings such as mesh.tensor=4 describe.
-
-    Raises:
-        ConfigError: one is no setting of the mesh.
-    """
-    if other := next((o for o in overrides if not o.startswith("mesh.")), None):
-        raise ConfigError(f"{other} is no setting of the mesh; give such as mesh.tensor=4")
-    tree: dict[str, Any] = {"data": {"stores": [{"path": "none"}]}}  # what a config has to have, besides
-    tree["model"] = {"vocab_size": 1, "num_layers": 1, "d_model": 2, "d_ff": 1, "num_heads": 1}
-    tree["train"] = {"steps": 1, "batch_size": 1, "seq_len": 1}
-    return parse_config(tree, overrides).mesh
 
 
 @contextlib.contextmanager

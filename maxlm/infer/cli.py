@@ -2,18 +2,23 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from maxlm.config_file import mesh_of
+
 DTYPES = ("bfloat16", "float32")
+MESH_FIELD = re.compile(r"mesh\.\w+=\S*")
+"""What is a setting among the prompts; such a text can be continued from --file."""
 EXAMPLES = """examples:
   maxlm generate runs/quickstart "The harbour"                    continue a text
   maxlm generate Llama-3.2-1B-Instruct/ --chat "Why is the sky blue?" --max-tokens 200
   maxlm generate models/llama --file prompts.jsonl --json > out.jsonl
-  maxlm generate Llama-3.1-8B/ "Once" --mesh tensor=4 --temperature 0.8 --top-p 0.95 --seed 7
+  maxlm generate Llama-3.1-8B/ "Once" mesh.tensor=4 --temperature 0.8 --top-p 0.95 --seed 7
   echo "Dear reader," | maxlm generate runs/a@2000 --stop "\\n\\n"
 """
 
@@ -29,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.set_defaults(run=_generate)
     parser.add_argument("model", metavar="MODEL", help="run folder (RUN or RUN@STEP), converted or Hugging Face folder")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts; without any and --file: standard input")
+    text = "texts, and settings such as mesh.tensor=4; without a text and --file: standard input"
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help=text)
+    parser.set_defaults(overrides=[])  # settings behind options
     parser.add_argument("--file", metavar="FILE", help='.jsonl of {"prompt": text} or {"messages": [...]}, or one text')
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages; use the model's template")
     parser.add_argument("--system", metavar="TEXT", help="a system message ahead of them (with --chat)")
@@ -47,7 +54,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text (\\n is understood)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="prompts at a time (8)")
-    parser.add_argument("--mesh", default="", metavar="AXES", help="as tensor=4 or data=2,tensor=2 (fsdp=-1)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and computation (float32 on CPUs, else bfloat16)")
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object per prompt, in the order they are done"
@@ -55,6 +61,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    mesh = mesh_of([*filter(MESH_FIELD.fullmatch, args.prompts), *args.overrides])
+    args.prompts = [prompt for prompt in args.prompts if not MESH_FIELD.fullmatch(prompt)]
     _check(args)
     requests = _requests(args)
     from maxlm.infer.generate import Generator
@@ -62,7 +70,7 @@ def _generate(args: argparse.Namespace) -> int:
     from maxlm.infer.models import open_model
     from maxlm.infer.texts import Options, continue_texts
 
-    opened = open_model(args.model, _mesh(args.mesh), args.dtype or _dtype())
+    opened = open_model(args.model, mesh, args.dtype or _dtype())
     text = ModelText.of(opened)
     stop = tuple(stop.replace("\\n", "\n") for stop in args.stop)
     options = Options(args.max_tokens, _sampling(args, opened.folder), stop, args.seed, args.batch)
@@ -127,19 +135,6 @@ def _request(path: Path, number: int, line: str) -> dict[str, Any]:
         if isinstance(found.get("messages"), list) and found["messages"]:
             return {"messages": found["messages"]}
     raise ValueError(f'{path}, line {number}: {{"prompt": text}} or {{"messages": [...]}} belongs there')
-
-
-def _mesh(axes: str) -> Any:
-    """MeshConfig of such as "data=2,tensor=2"."""
-    from maxlm.config import AXES, MeshConfig
-
-    sizes = dict[str, int]()
-    for part in filter(None, axes.split(",")):
-        name, _, size = part.strip().partition("=")
-        if name not in AXES or name in sizes or not size.removeprefix("-").isdecimal():
-            raise ValueError(f"--mesh={axes}: {part!r} is not AXIS=SIZE with an axis of {', '.join(AXES)}")
-        sizes[name] = int(size)
-    return MeshConfig.model_validate({**({"fsdp": 1} if sizes and -1 not in sizes.values() else {}), **sizes})
 
 
 def _dtype() -> Any:
