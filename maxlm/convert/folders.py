@@ -28,7 +28,7 @@ COMPANIONS = (
 )
 """Files that travel with a model as they are."""
 MAX_CONFIG = 1 << 20
-"""Bytes of a config.json."""
+"""Bytes of a config.json or generation_config.json."""
 
 
 class ConvertError(ValueError):
@@ -43,11 +43,24 @@ def read_config(folder: str) -> dict[str, Any]:
         FamilyError: it is no JSON object.
     """
     path = os.path.join(folder, CONFIG)
+    tree = read_object(path)
+    if tree is None:
+        raise FileNotFoundError(f"{path} does not exist; it says what model the tensors are")
+    return tree
+
+
+def read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object of a file beside the tensors; None if there is no such file.
+
+    Raises:
+        FamilyError: it is no JSON object, or too large.
+        OSError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_CONFIG + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; it says what model the tensors are") from None
+        return None
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_CONFIG:

@@ -1,18 +1,15 @@
 """A model's own text: its tokenizer as its folder has it, the tokens that end a text, and how it would be sampled."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from maxlm.convert.folders import check_tokenizer
+from maxlm.convert.folders import check_tokenizer, read_object
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.infer.models import OpenModel
 from maxlm.infer.sampling import Sampling
 
 FILES = ("tokenizer.json", "tokenizer.model")
-MAX_JSON = 1 << 20
-"""Bytes of a configuration file."""
 
 
 class ModelText:
@@ -79,7 +76,8 @@ class ModelText:
 
 def read_sampling(folder: str) -> Sampling:
     """How a model's generation_config.json says that it is sampled; the likeliest tokens where it does not."""
-    found = _read_json(folder, "generation_config.json")
+    path = os.path.join(folder, "generation_config.json")
+    found = read_object(path) or {}
     if found.get("do_sample") is not True:
         return Sampling()
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # those of transformers
@@ -87,28 +85,15 @@ def read_sampling(folder: str) -> Sampling:
     try:
         return Sampling(**{**defaults, **given})  # pyrefly: ignore
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{os.path.join(folder, 'generation_config.json')}: {str(error)[:120]}") from None
+        raise ValueError(f"{path}: {str(error)[:120]}") from None
 
 
 def _eos_ids(folder: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        if (found := _read_json(folder, name).get("eos_token_id")) is not None:
+        path = os.path.join(folder, name)
+        if (found := (read_object(path) or {}).get("eos_token_id")) is not None:
             ids = found if isinstance(found, list) else [found]
             if not all(type(i) is int for i in ids):
-                raise ValueError(f"{os.path.join(folder, name)}: eos_token_id is to be a token id or a list of them")
+                raise ValueError(f"{path}: eos_token_id is to be a token id or a list of them")
             return ids
     return []
-
-
-def _read_json(folder: str, name: str) -> dict[str, Any]:
-    path = os.path.join(folder, name)
-    try:
-        with open(path, "rb") as file:
-            found = json.loads(file.read(MAX_JSON))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:120]}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is to hold a JSON object")
-    return found
