@@ -30,6 +30,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # By config and not by environment: programs that tests start see the machine as a user's would.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -55,6 +56,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not _is_installed("libtpu"):
                 reason = "libtpu not installed; install with: pip install 'maxlm[plan]'"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """A folder of compiled programs: a module's programs of one kind compile once, as in a user's second start."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    folder = str(tmp_path_factory.mktemp("xla"))
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield folder
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

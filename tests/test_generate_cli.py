@@ -9,6 +9,8 @@ from test_convert_folders import write_model
 
 from maxlm.cli import main
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
 )

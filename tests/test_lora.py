@@ -24,6 +24,7 @@ from maxlm.mesh import make_mesh
 from maxlm.run_folder import identity
 from maxlm.step import build_program
 
+CACHE: dict[str, str] = {}
 ALPHA, RANK = 8.0, 4
 EXPERTS = {
     "num_layers": 4,
@@ -33,6 +34,11 @@ EXPERTS = {
     "num_shared_experts": 1,
     "num_dense_layers": 1,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_compile_once(compiled_once):
+    CACHE["folder"] = compiled_once
 
 
 def lora_config(lora=None, **sections):
@@ -103,7 +109,7 @@ def test_any_mesh_gives_the_gradients_of_one_device(mesh, train, model):
     assert_same_loss_and_grads(lora_loss_and_grads(program_on(config, **mesh), weights, random_batch(config)), want)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(n, marks=pytest.mark.long) for n in ("adafactor", "lion"))])
 def test_only_adapters_change_and_only_they_have_optimizer_state(name):
     optim = {"name": name, "ema": 0.9, "weight_decay": 0.1}
     plain, program = program_on(small_config(optim=optim)), program_on(lora_config(optim=optim), data=2, fsdp=2)
@@ -127,7 +133,12 @@ def test_only_adapters_change_and_only_they_have_optimizer_state(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "optim", [{"state_on_host": True}, {"state_over_data": True, "state_dtype": "bfloat16"}], ids=str
+    "optim",
+    [
+        {"state_on_host": True},
+        pytest.param({"state_over_data": True, "state_dtype": "bfloat16"}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_the_state_may_rest_elsewhere(optim):
     config = lora_config(optim=optim)
@@ -233,7 +244,7 @@ def read_back(folder, program):
         return jax.device_get(read_parameters(other, 0, program))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_an_export_is_the_merged_model(dtype, tmp_path):
     model = {"vocab_multiple": 128, "tie_embeddings": True}
     config = lora_config({"base_dtype": dtype}, model=model)
@@ -282,7 +293,7 @@ def run_config(tmp_path, store, name, **sections):
         "model": {**MODEL, "vocab_size": 257, "vocab_multiple": 128},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2, "fake_devices": 8},
         "data": {"stores": [{"path": store}]},
-        "train": {"steps": 4, "batch_size": 8, "seq_len": 32, "compilation_cache": None},
+        "train": {"steps": 4, "batch_size": 8, "seq_len": 32, "compilation_cache": CACHE["folder"]},
         "optim": {"learning_rate": 1e-2, "schedule": {"name": "constant"}},
         "eval": {"batches": 2, "sample_tokens": 2},
         "checkpoint": {"every": 2},

@@ -14,7 +14,7 @@ from maxlm.manifest import DamagedError
 ONE = MeshConfig(fake_devices=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mixtral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mixtral", pytest.param("gemma3", marks=pytest.mark.long)])
 @pytest.mark.parametrize("mesh", [ONE, MeshConfig(fsdp=2, tensor=2, data=2, fake_devices=8)])
 def test_a_hugging_face_folder_and_what_was_converted_are_the_same_parameters(name, mesh, tmp_path):
     tensors = write_model(tmp_path / "hf", name, np.dtype(np.float32))

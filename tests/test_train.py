@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from helpers import MODEL
-from jax.experimental.compilation_cache import compilation_cache
 
 import maxlm
 from maxlm.checkpoint import CheckpointError, Checkpoints
@@ -32,14 +31,8 @@ CACHE: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one shape compile once, as a user's second start does; off again for the modules that follow."""
-    jax.config.update("jax_enable_compilation_cache", True)
-    CACHE["folder"] = str(tmp_path_factory.mktemp("xla"))
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+def runs_compile_once(compiled_once):
+    CACHE["folder"] = compiled_once
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +226,7 @@ def test_a_cooldown_branches_from_a_checkpoint(tmp_path, store):
         maxlm.train(config(tmp_path, store, run={"name": "x"}, train={"start_from": f"{tmp_path}/r@3"}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_begins_with_the_parameters_of_another_or_of_a_converted_model(tmp_path, store):
     model, plain = {"vocab_multiple": 128}, {"mesh": {"data": 4, "tensor": 1}}
     base = config(tmp_path, store, model=model)
