@@ -10,7 +10,8 @@ from test_convert_folders import hashes, init_program, write_model
 
 from maxlm.checkpoint import Checkpoints
 from maxlm.config import CheckpointConfig, MeshConfig
-from maxlm.convert.convert import from_hf, to_hf
+from maxlm.convert.from_hf import from_hf
+from maxlm.convert.to_hf import to_hf
 from maxlm.infer.models import open_model
 from maxlm.init_from import read_parameters
 from maxlm.leaves import named_leaves
