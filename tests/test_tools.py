@@ -143,3 +143,12 @@ def test_bench_convert(tmp_path):
     assert all(ratio > 0 for ratio in result["speed_to_cp"].values())
     assert max(result["peak_bytes"].values()) < 2 * result["memory_limit_bytes"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_decode():
+    result = figures(
+        *("tools/bench_decode.py", "--alone", "--layers", "1", "--width", "128", "--tokens", "8", "--rounds", "1")
+    )
+    assert result["parameters"] == 2 * 32_000 * 128 + (2 * 128 + 2 * 64) * 128 + 128 * 3 * 352 + 3 * 128
+    assert result["tokens_per_s"]["maxlm"] > 0
+    assert result["share_of_bandwidth"] is None, "nobody has told the bandwidth of this CPU"
