@@ -25,6 +25,8 @@ class Chip:
         hbm_bytes: memory, in bytes.
         hbm_bytes_per_s: memory bandwidth, in bytes/s.
         interconnect_bytes_per_s: chip-to-chip bandwidth over all links, both directions together, in bytes/s.
+        num_links: links of a TPU to its neighbours in the torus; None where it is not known, and for GPUs, whose
+            switches know no neighbours.
         watts: maximum power of the chip, in W; None where it is not published.
         sources: where the numbers come from.
         flops_per_cycle: bf16 FLOPs of a TPU's matrix units in a cycle of the TPU compiler's estimates; None where
@@ -45,7 +47,13 @@ class Chip:
     sources: str
     flops_per_cycle: int | None = None
     cores: int = 1
+    num_links: int | None = None
     share: float = 1.0
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """Bandwidth of one link in one direction, in bytes/s; None where the number of links is not known."""
+        return self.num_links and self.interconnect_bytes_per_s / self.num_links / 2
 
     def peak(self, dtype: Any) -> float | None:
         """Matmul rate for operands of a type, in FLOP/s (or op/s for int8).
@@ -62,6 +70,11 @@ class Chip:
             return self.fp8_flops
         return {"bfloat16": self.bf16_flops, "int8": self.int8_ops}.get(name)
 
+    def speedup(self, dtype: Any) -> float | None:
+        """How many times as fast as in bfloat16 matmuls of a type are: 1 is no gain, None not native or not known."""
+        peak = self.peak(dtype)
+        return peak and peak / self.bf16_flops
+
 
 CHIPS: tuple[Chip, ...] = (
     Chip(
@@ -73,6 +86,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes=32 * GiB,
         hbm_bytes_per_s=1.23e12,
         interconnect_bytes_per_s=6 * 90e9,
+        num_links=6,
         watts=192,
         sources=f"{_CLOUD}v4 (FLOP/s, HBM, 192 W maximum); links: 6 x 45 GB/s each way, jax-ml.github.io/scaling-book",
         cores=2,
@@ -87,6 +101,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes=16 * GiB,
         hbm_bytes_per_s=8.2e11,
         interconnect_bytes_per_s=4 * 90e9,
+        num_links=4,
         watts=None,
         sources=f"{_CLOUD}v5e (which rounds the links to 400 GB/s); HBM rate: jax tpu_info; links: 4 x 45 GB/s each "
         f"way, jax-ml.github.io/scaling-book; {_TPU_POWER}",
@@ -101,8 +116,10 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes=95 * GiB,
         hbm_bytes_per_s=2.765e12,
         interconnect_bytes_per_s=1200e9,
+        num_links=6,
         watts=None,
-        sources=f"{_CLOUD}v5p (jax tpu_info has 2460 GB/s of HBM); int8: jax tpu_info; {_TPU_POWER}",
+        sources=f"{_CLOUD}v5p (1200 GB/s over 6 links; jax tpu_info has 2460 GB/s of HBM); int8: jax tpu_info; "
+        f"{_TPU_POWER}",
         cores=2,
         flops_per_cycle=2**18,
     ),
@@ -115,8 +132,9 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes=32 * GiB,
         hbm_bytes_per_s=1.638e12,
         interconnect_bytes_per_s=800e9,
+        num_links=4,
         watts=None,
-        sources=f"{_CLOUD}v6e; {_TPU_POWER}",
+        sources=f"{_CLOUD}v6e (800 GB/s over 4 links); {_TPU_POWER}",
         flops_per_cycle=2**19,
     ),
     Chip(
@@ -129,7 +147,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes_per_s=7.38e12,
         interconnect_bytes_per_s=1200e9,
         watts=None,
-        sources=f"{_CLOUD}tpu7x; {_TPU_POWER}",
+        sources=f"{_CLOUD}tpu7x; number of links not known; {_TPU_POWER}",
         cores=2,
     ),
     Chip(
@@ -166,7 +184,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes_per_s=3.35e12,
         interconnect_bytes_per_s=900e9,
         watts=700,
-        sources="NVIDIA H100 data sheet, SXM column, half of its figures with sparsity",
+        sources="NVIDIA H100 data sheet, SXM column, half of its figures with sparsity; int8: recalled",
     ),
     Chip(
         name="H200",
@@ -178,7 +196,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes_per_s=4.8e12,
         interconnect_bytes_per_s=900e9,
         watts=700,
-        sources="NVIDIA H200 data sheet, SXM column, half of its figures with sparsity",
+        sources="NVIDIA H200 data sheet, SXM column, half of its figures with sparsity; int8: recalled",
     ),
     Chip(
         name="B200",
@@ -202,7 +220,7 @@ CHIPS: tuple[Chip, ...] = (
         hbm_bytes_per_s=5.3e12,
         interconnect_bytes_per_s=896e9,
         watts=750,
-        sources="AMD Instinct MI300X data sheet",
+        sources="AMD Instinct MI300X data sheet; int8: recalled",
     ),
 )
 
@@ -210,6 +228,11 @@ CHIPS: tuple[Chip, ...] = (
 def find(device_kind: str) -> Chip | None:
     """The whole chip that JAX reports as device_kind, or None if the catalog does not have it."""
     return next((chip for chip in CHIPS if device_kind in chip.device_kinds), None)
+
+
+def named(name: str) -> Chip | None:
+    """The chip that people call so, in upper or lower case, or None if the catalog does not have it."""
+    return next((chip for chip in CHIPS if chip.name.lower() == name.lower()), None)
 
 
 def detect(device: Any) -> Chip | None:

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.hardware import CHIPS, Chip, detect, find
+from maxlm.hardware import CHIPS, Chip, detect, find, named
 
 
 def known(chip: Chip | None) -> Chip:
@@ -46,6 +47,54 @@ def test_peak_depends_on_the_type():
     assert v5e.peak("float8_e4m3fn") is None
     assert h100.peak(jnp.float8_e5m2) == 1979e12
     assert v5e.peak("float32") is h100.peak(jnp.float32) is None
+
+
+# TFLOP/s in bf16, int8 and fp8, all dense: data sheets of GPUs print the double, with sparsity; GB of HBM, GB/s
+@pytest.mark.parametrize(
+    ("name", "bf16", "int8", "fp8", "hbm", "hbm_rate", "interconnect"),
+    [
+        ("TPU v4", 275, 275, None, 32 * 1.073741824, 1230, 540),
+        ("TPU v5e", 197, 394, None, 16 * 1.073741824, 820, 360),
+        ("TPU v5p", 459, 918, 459, 95 * 1.073741824, 2765, 1200),
+        ("TPU v6e", 918, 1836, 918, 32 * 1.073741824, 1638, 800),
+        ("TPU7x", 2307, None, 4614, 192 * 1.073741824, 7380, 1200),
+        ("A100 40GB", 312, 624, None, 40, 1555, 600),
+        ("A100 80GB", 312, 624, None, 80, 2039, 600),
+        ("H100", 989, 1979, 1979, 80, 3350, 900),
+        ("H200", 989, 1979, 1979, 141, 4800, 900),
+        ("B200", 2250, 4500, 4500, 180, 8000, 1800),
+        ("MI300X", 1307, 2615, 2615, 192, 5300, 896),
+    ],
+)
+def test_figures_are_dense_and_as_published(name, bf16, int8, fp8, hbm, hbm_rate, interconnect):
+    chip = known(named(name))
+    assert chip.bf16_flops == bf16 * 1e12
+    assert (chip.int8_ops, chip.fp8_flops) == tuple(None if x is None else x * 1e12 for x in (int8, fp8))
+    assert (chip.hbm_bytes / 1e9, chip.hbm_bytes_per_s / 1e9) == pytest.approx((hbm, hbm_rate))
+    assert chip.interconnect_bytes_per_s == interconnect * 1e9
+
+
+def test_int8_is_no_gain_everywhere():
+    assert known(named("TPU v4")).speedup("int8") == 1
+    assert known(named("TPU7x")).speedup("int8") is None
+    assert known(named("tpu v5e")).speedup("int8") == known(named("TPU v5p")).speedup("int8") == 2
+    assert known(named("TPU v6e")).speedup("float8_e4m3fn") == 1
+
+
+def test_links_carry_the_bandwidth_between_chips():
+    rates = {"TPU v4": (6, 45e9), "TPU v5e": (4, 45e9), "TPU v5p": (6, 100e9), "TPU v6e": (4, 100e9)}
+    assert {c.name: (c.num_links, c.link_bytes_per_s) for c in CHIPS if c.num_links} == rates
+    half = known(detect(SimpleNamespace(device_kind="TPU v4", num_cores=1)))
+    assert (half.num_links, half.link_bytes_per_s) == (6, 22.5e9)  # both cores send over the same links
+
+
+def test_what_is_not_known_is_none_and_never_zero():
+    for chip in CHIPS:
+        assert 0 not in dataclasses.astuple(chip)
+        assert chip.link_bytes_per_s != 0
+    assert known(named("TPU v6e")).watts is None
+    assert known(named("TPU7x")).link_bytes_per_s is None
+    assert named("TPU v1") is None
 
 
 def test_a_core_that_is_a_device_has_its_part_of_the_chip():
