@@ -24,10 +24,10 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_module_and_nothing_else(wheel):
+def test_wheel_holds_every_module_and_table_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "maxlm").rglob("*.py")}
-    assert modules <= names
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "maxlm").rglob("*") if p.suffix in (".py", ".csv")}
+    assert "maxlm/plan/prices.csv" in files and files <= names
     assert {name.split("/")[0] for name in names} == {"maxlm"}
 
 

@@ -1,0 +1,1 @@
+"""Plans a run before it is paid for."""
