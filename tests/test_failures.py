@@ -1,9 +1,11 @@
 """Goodput under failures: against the formula of Daly, against arithmetic, and what slices that come and go change."""
 
+import json
 import math
 
 import pytest
 
+from maxlm import cli
 from maxlm.config_file import ConfigError
 from maxlm.plan.failures import (
     LOST,
@@ -128,6 +130,7 @@ def test_interruptions_of_the_fleet():
     ("make", "words"),
     [
         (lambda: Fleet(0, 1), "num_slices=0"),
+        (lambda: Fleet(10**9, 1), "num_slices=1000000000 .* 100,000"),
         (lambda: Fleet(4, 1, allowed=(8, 4)), "allowed=8"),
         (lambda: Failures(chip_mtbf_s=0), "chip_mtbf_s=0"),
         (lambda: Failures(away_s=math.nan), "away_s=nan"),
@@ -139,3 +142,47 @@ def test_interruptions_of_the_fleet():
 def test_wrong_numbers_are_named(make, words):
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+# ---- maxlm goodput
+COMMAND = ["goodput", "--slices", "8", "--chips-per-slice", "64", "--work", "10d", "--seeds", "4"]
+
+
+def test_command_shows_the_best_interval_among_others(capsys):
+    assert cli.main([*COMMAND, "--chip-mtbf", "1y", "--preempted-every", "4d", "--away", "1h", "--allowed", "8,6"]) == 0
+    text = capsys.readouterr().out
+    assert "512 chips in 8 slices, 10 d 0 h of work; a failure every 17 h 07 min and a preemption every 12 h" in text
+    shares = [
+        float(line.replace("*", "").split("%")[0].split()[-1])
+        for line in text.splitlines()
+        if " min " in line and "%-" in line
+    ]
+    assert len(shares) == 5 and max(shares) == shares[2] < 100
+    assert "blocking 10s" in text and "Daly" in text
+
+
+def test_command_prints_json_of_numbers(capsys):
+    assert cli.main([*COMMAND, "--interval", "30min", "--chip-mtbf", "5y", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (result["interval_s"], result["rows"][2]["interval_s"], result["rows"][0]["interval_s"]) == (1800, 1800, 450)
+    assert result["failures"]["preempted_every_s"] is None
+    assert result["mtbi_s"] == pytest.approx(5 * 365.25 * DAY_S / 512)
+    assert 0.9 < result["rows"][2]["fraction"] < 1
+    assert cli.main([*COMMAND, "--json"]) == 0  # nothing happens
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["daly_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--chip-mtbf", "5"], "--chip-mtbf=5 is to be a time with its unit"),
+        (["--chip-mtbf", "0h"], "chip_mtbf_s=0"),
+        (["--allowed", "9,8"], "allowed=9 is to be a number of slices from 1 to 8"),
+        (["--allowed", "all"], "--allowed=all"),
+        (["--seeds", "0"], "--seeds=0"),
+        (["--blocking", "0s"], "blocking_s=0"),
+    ],
+)
+def test_command_names_what_is_wrong(capsys, options, words):
+    assert cli.main([*COMMAND, *options]) == 2
+    assert words in capsys.readouterr().err

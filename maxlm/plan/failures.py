@@ -27,6 +27,8 @@ PHASES = {
 MAX_EVENTS = 20_000
 """Of one simulated run; one that is not done by then has shown its goodput."""
 
+MAX_SLICES = 100_000
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -44,15 +46,17 @@ class Fleet:
 
     def __post_init__(self) -> None:
         for name in ("num_slices", "chips_per_slice"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is to be 1 or more")
+            if not 1 <= getattr(self, name) <= MAX_SLICES:
+                raise ConfigError(f"{name}={getattr(self, name)} is to be a number from 1 to {MAX_SLICES:,}")
         if wrong := [n for n in self.allowed if not 1 <= n <= self.num_slices]:
             raise ConfigError(f"allowed={wrong[0]} is to be a number of slices from 1 to {self.num_slices}")
 
     def usable(self) -> list[int]:
         """How many slices a run uses of 0, 1, ... num_slices that are there."""
-        allowed = self.allowed or (self.num_slices,)
-        return [max((n for n in allowed if n <= there), default=0) for there in range(self.num_slices + 1)]
+        allowed, found = set(self.allowed or (self.num_slices,)), [0]
+        for there in range(1, self.num_slices + 1):
+            found.append(there if there in allowed else found[-1])
+        return found
 
 
 @dataclass(frozen=True)
