@@ -115,6 +115,15 @@ def test_a_run_that_gets_nowhere_ends():
     assert (found.fraction, found.wall_s) == (0, math.inf)
 
 
+def test_a_run_too_long_to_simulate_is_continued_alike():
+    """20,000 failures are simulated, of some 240,000."""
+    found = simulate(Fleet(1, 1), Failures(slice_mtbf_s=600), Recovery(10, reschedule_s=30), 1500 * DAY_S, 100, 1)
+    expected = daly_goodput(100, 10, 30, 600)
+    assert found.fraction == pytest.approx(expected, rel=0.01)
+    assert found.wall_s == pytest.approx(1500 * DAY_S / expected, rel=0.01)
+    assert found.num_failures == pytest.approx(found.wall_s / 600, rel=0.02)
+
+
 def test_the_same_seeds_give_the_same_runs():
     run = Fleet(4, 64), Failures(chip_mtbf_s=1000 * HOUR_S), Recovery(10), 30 * DAY_S, 600.0, 4
     assert simulate(*run, seed=1) == simulate(*run, seed=1) != simulate(*run, seed=2)
@@ -170,6 +179,14 @@ def test_command_prints_json_of_numbers(capsys):
     assert 0.9 < result["rows"][2]["fraction"] < 1
     assert cli.main([*COMMAND, "--json"]) == 0  # nothing happens
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["daly_s"] is None
+
+
+def test_command_says_so_when_a_run_gets_nowhere(capsys):
+    assert cli.main([*COMMAND[:-1], "1", "--chip-mtbf", "10h", "--interval", "1min"]) == 0
+    assert "gets nowhere: something happens every 1 min 10 s, and a restart takes 8 min" in capsys.readouterr().out
+    few = ["goodput", "--slices", "100", "--chips-per-slice", "1", "--work", "1d", "--seeds", "1", "--interval", "1min"]
+    assert cli.main([*few, "--preempted-every", "10h", "--away", "5h"]) == 0
+    assert "gets nowhere: it waits for slices; --allowed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

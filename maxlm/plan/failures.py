@@ -7,6 +7,7 @@ two of them (steps and saves in turn) is a formula: months of 10,000 chips take 
 import heapq
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,7 @@ PHASES = {
 }
 """What the wall clock is spent on."""
 MAX_EVENTS = 20_000
-"""Of one simulated run; one that is not done by then has shown its goodput."""
-
+"""Failures, departures and returns of one simulated run; one that is not done by then has shown its goodput."""
 MAX_SLICES = 100_000
 
 
@@ -176,21 +176,26 @@ def simulate(
         run.go()
     fractions = np.array([run.spent[WORK] / run.now for run in runs])
     low, high = np.quantile(fractions, (0.05, 0.95)).tolist()
-    mean = float(fractions.mean())
+    # of runs that MAX_EVENTS cut short, the rest is taken to go on alike
+    times = [work_s / run.spent[WORK] if run.spent[WORK] else math.inf for run in runs]
+
+    def whole(so_far: Callable[[_Run], float]) -> float:
+        return float(np.mean([so_far(run) and n * so_far(run) for n, run in zip(times, runs, strict=True)]))
+
     paid = sum(run.paid_s for run in runs) * fleet.chips_per_slice
     useful = sum(run.spent[WORK] for run in runs) * fleet.num_slices * fleet.chips_per_slice
     return Goodput(
         interval_s=interval_s,
-        fraction=mean,
+        fraction=float(fractions.mean()),
         fraction_low=low,
         fraction_high=high,
-        wall_s=float(np.mean([work_s * run.now / run.spent[WORK] if run.spent[WORK] else math.inf for run in runs])),
+        wall_s=whole(lambda run: run.now),
         wall_low_s=work_s / high if high else math.inf,
         wall_high_s=work_s / low if low else math.inf,
         paid_fraction=useful / paid,
         shares={phase: float(np.mean([run.spent[phase] / run.now for run in runs])) for phase in PHASES},
-        num_failures=float(np.mean([run.num_failures for run in runs])),
-        num_preemptions=float(np.mean([run.num_preemptions for run in runs])),
+        num_failures=whole(lambda run: run.num_failures),
+        num_preemptions=whole(lambda run: run.num_preemptions),
     )
 
 

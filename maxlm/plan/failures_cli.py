@@ -13,6 +13,8 @@ from maxlm.plan import failures
 from maxlm.plan.failures import Failures, Fleet, Goodput, Recovery
 
 UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 365.25 * 86400.0}
+NOWHERE = 0.01
+"""Goodput below which a run is not worth a number of days."""
 EXAMPLES = """examples:
   maxlm goodput --slices 1 --chips-per-slice 64 --work 10d --chip-mtbf 5y
   maxlm goodput --slices 40 --chips-per-slice 256 --work 60d --chip-mtbf 5.8y --preempted-every 5d --away 2h
@@ -108,6 +110,13 @@ def _table(
         f"* {how}: {chosen.num_failures:.0f} failures and {chosen.num_preemptions:.0f} preemptions "
         f"in {units.duration(chosen.wall_s)}",
     ]
+    if chosen.fraction < NOWHERE and chosen.shares[failures.WAITING] > 0.5:
+        lines[-1] = "* this run gets nowhere: it waits for slices; --allowed lets it go on with fewer"
+    elif chosen.fraction < NOWHERE:
+        start = units.duration(recovery.detect_s + recovery.start_s)
+        lines[-1] = (
+            f"* this run gets nowhere: something happens every {units.duration(mean_s)}, and a restart takes {start}"
+        )
     if mean_s < math.inf:
         young, daly = (units.duration(f(recovery.blocking_s, mean_s)) for f in (failures.young_s, failures.daly_s))
         lines.append(f"  formulas, where every interruption loses work: Young {young}, Daly {daly} between saves")
