@@ -51,6 +51,8 @@ class Cloud:
         elif self.queued:
             what += [f"--node-id={job.name}"]
         what += [f"--runtime-version={image}" if self.queued else f"--version={image}"]
+        if self.queued and options.wait_s >= 60:
+            what += [f"--valid-until-duration={options.wait_s:.0f}s"]  # no TPU comes when nobody waits any longer
         what += ["--spot"] if options.spot else []
         what += ["--reserved"] if options.reserved else []
         for flag in ("network", "subnetwork", "service_account"):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from maxlm import units
 from maxlm.config_file import ConfigError
@@ -322,23 +323,21 @@ def _patiently(job: Job, command: list[str]) -> None:
 def _stream(command: list[str]) -> tuple[int, str | None]:
     """Passes a watching ssh's output on: number of lines, and the exit code that it tells (None: it broke off)."""
     lines, told = 0, None
-    # in a process group of its own Ctrl-C does not reach gcloud, which would report it
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            if line.startswith(EXIT):
-                told = line.removeprefix(EXIT).strip()
-            else:
-                lines += 1
-                sys.stdout.write(line)
-                sys.stdout.flush()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)
-        child.wait()
+    # in a session of its own Ctrl-C does not reach gcloud, which would report it
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **quiet) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                if line.startswith(EXIT):
+                    told = line.removeprefix(EXIT).strip()
+                else:
+                    lines += 1
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
     return lines, told
 
 
