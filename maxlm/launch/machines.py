@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from dataclasses import dataclass
 
 from maxlm import hardware
@@ -160,10 +161,12 @@ def _size(shape: str) -> int:
 def _near(name: str, kind: str, tpu: Tpu | None) -> list[str]:
     """Names like a wrong one: of the same generation if that was right."""
     if tpu is not None:
-        known = [f"{kind}-{_size(shape) * tpu.cores}" for shape in tpu.shapes]
-        size = name[len(kind) + 1 :]
-        if size.isdecimal():
-            return sorted(known, key=lambda n: abs(math.log(int(n.rpartition("-")[2]) / max(1, int(size)))))[:3]
+        sizes = {f"{kind}-{_size(shape) * tpu.cores}": _size(shape) for shape in tpu.shapes}
+        size = name[len(kind) + 1 :][:40]
+        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+            chips = _size(size) if "x" in size else int(size) / tpu.cores
+            return sorted(sizes, key=lambda n: abs(math.log(sizes[n]) - math.log(chips)))[:3]
+        known = list(sizes)
     elif kind in GPUS:
         known = [f"{kind}:{n}" for n in (1, 2, 4, 8, 16, 32)]
     else:

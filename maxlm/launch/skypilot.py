@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.launch import code, record, text, tools
-from maxlm.launch.job import EXTRAS, Job, until_done
+from maxlm.launch.job import EXTRAS, STOPPED, Job, until_done
 from maxlm.launch.machines import GPUS
 
 PORT = 8476
@@ -36,7 +36,7 @@ def render(job: Job) -> str:
 
 def commands(job: Job) -> list[list[str]]:
     """What a launch runs."""
-    env = ["--env-file", job.options.env_file] if job.options.env_file else []
+    env = ["--secret-file", job.options.env_file] if job.options.env_file else []
     path = str(record.folder(job.name) / "task.yaml")
     return [["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, *env, path]]
 
@@ -79,8 +79,8 @@ def _resources(job: Job) -> dict[str, Any]:
     if options.image:
         wanted["image_id"] = f"docker:{options.image}"
     wanted["use_spot"] = options.spot
-    # a preempted machine is replaced by itself; these are restarts after a failure of the run
-    wanted["job_recovery"] = {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 3}
+    # a preempted machine is replaced by itself; this is for runs that fail, and those that were told to save and end
+    wanted["job_recovery"] = {"max_restarts_on_errors": 3, "recover_on_exit_codes": [STOPPED]}
     return wanted
 
 

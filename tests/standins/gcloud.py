@@ -186,10 +186,7 @@ def look(group, verb, name, zone):
                 raise Refused("INTERNAL: try again")
             kill(tpu)
             del state[f"{zone}/{name}"]
-        elif len(tpu["states"]) > 1:
-            now = tpu["states"].pop(0)
-        else:
-            now = tpu["states"][0]
+        now = tpu["states"].pop(0) if len(tpu["states"]) > 1 else tpu["states"][0]
         write("state.json", state)
     if verb == "describe":
         failed = {"failedData": {"error": {"code": 8, "message": json.loads(ERRORS["capacity"])["message"]}}}
