@@ -152,6 +152,7 @@ def test_quota_is_not_waited_for(cloud, tmp_path, capsys):
     assert "z1: gcloud:" in err and "Quota limit" in err and "Permission 'tpu.nodes.create' denied" in err
     assert "Traceback" not in err
     assert len(cloud.calls("create")) == 2
+    assert main(["launch", "status", "my-run"]) == 2, "nothing is there, and it may be launched again"
 
 
 def test_a_lack_of_capacity_ends_when_the_user_waits_no_longer(cloud, tmp_path, capsys):
@@ -242,6 +243,25 @@ def test_what_cannot_be_deleted_is_said_to_bill(cloud, tmp_path, capsys):
     assert cloud.tpus() == []
 
 
+def test_a_watched_run_that_is_stopped_in_another_terminal_stays_stopped(cloud, tmp_path):
+    cloud.run_is("long")
+    arguments = ["launch", config(tmp_path), "--on", "v5e-1", "--via", "tpu-vm", "--yes", "--poll", "0.05"]
+    process = subprocess.Popen([sys.executable, "-m", "maxlm", *arguments], cwd=HERE.parent, stderr=subprocess.PIPE)
+    until(lambda: "step 3" in log(cloud, 0))
+    assert main(["launch", "stop", "my-run"]) == 0
+    assert b"stopped from elsewhere" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert len(cloud.calls("create")) == 1 and cloud.tpus() == []
+
+
+def test_a_cloud_that_does_not_answer_for_a_moment_changes_nothing(cloud, tmp_path, capsys):
+    cloud.cue(settings={"project": "p", "compute/zone": "z1"}, silent=3)
+    assert launch(tmp_path, on="v5e-1") == 0
+    cloud.cue(settings={"project": "p", "compute/zone": "z1"}, silent=99)
+    assert launch(tmp_path, on="v5e-1") == 1
+    assert "UNAVAILABLE" in capsys.readouterr().err
+
+
 def test_ctrl_c_only_stops_watching(cloud, tmp_path):
     cloud.run_is("long")
     command = [sys.executable, "-m", "maxlm", "launch", config(tmp_path), "--on", "v5e-1", "--via", "tpu-vm", "--yes"]
@@ -301,6 +321,7 @@ def test_a_run_on_a_spot_tpu_goes_on_where_it_was_preempted(cloud, tmp_path, cap
         (["--on", "tpu7x-16"], {}, "TPU7x is to be had in GKE alone"),
         (["--name", "My_Run"], {}, "must be lower-case"),
         (["--poll", "0"], {}, "--poll"),
+        (["--queue", "q"], {}, "--queue means nothing with --via tpu-vm; it is for gke"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused_in_a_sentence(arguments, cues, words, cloud, tmp_path, capsys):

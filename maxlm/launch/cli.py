@@ -2,15 +2,14 @@
 
 import argparse
 import dataclasses
-import shlex
 import subprocess
 import sys
 from typing import Any
 
 from maxlm.config_file import ConfigError
-from maxlm.launch import gke, local, record, skypilot, slurm, tools, tpu
+from maxlm.launch import gke, local, record, remote, skypilot, slurm, tools, tpu
 from maxlm.launch.gcloud import Cloud
-from maxlm.launch.job import TARGETS, Job, Options, make_job, price_text
+from maxlm.launch.job import TARGETS, Job, LaunchError, Options, make_job, price_text
 
 TOOLS = {"gke": "kubectl", "slurm": "sbatch", "skypilot": "sky"}
 VERBS = ("status", "logs", "stop")
@@ -95,7 +94,8 @@ def _run(args: argparse.Namespace) -> int:
         )
     places = tpu.clouds(job, args.dry_run) if job.via in ("tpu-vm", "queued-resource") else []
     print(_rendered(job, places))
-    print(price_text(job))
+    if job.via != "local":
+        print(price_text(job))
     if args.dry_run:
         return 0
     if job.via in TOOLS:
@@ -121,11 +121,11 @@ def _rendered(job: Job, places: list[Cloud]) -> str:
     if job.via == "local":
         return local.render(job)
     if places:
-        files = [f"# ---- {name}\n{text}" for name, text in tpu.scripts(job).items()]
-        steps = [f"# {what}\n{shlex.join(command)}" for what, command in tpu.plan(job, places)]
+        files = [f"# ---- {name}\n{text}" for name, text in remote.scripts(job).items()]
+        steps = [f"# {what}\n{tools.shown(command)}" for what, command in tpu.plan(job, places)]
         return "\n".join([*files, "# ---- commands", *steps])
     target = {"gke": gke, "slurm": slurm, "skypilot": skypilot}[job.via]
-    return "\n".join([target.render(job), *(f"# {shlex.join(command)}" for command in target.commands(job))])
+    return "\n".join([target.render(job), *(f"# {tools.shown(command)}" for command in target.commands(job))])
 
 
 def _launch(job: Job, places: list[Cloud], detach: bool) -> int:
@@ -146,6 +146,10 @@ def _watched(job: Job, follow: Any) -> int:
     """Follows a run; Ctrl-C leaves it alone and says what that costs."""
     try:
         return follow()
+    except LaunchError as error:
+        if not (record.folder(job.name) / "job.json").exists():
+            raise
+        raise LaunchError(f"{error}; if it is there it is billing: maxlm launch stop {job.name}") from None
     except KeyboardInterrupt:
         _say(
             f"\nno longer watching; {price_text(job)}, and it goes on billing, also when the run has ended.\n"

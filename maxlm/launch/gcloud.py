@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from maxlm.config_file import ConfigError
 from maxlm.launch import tools
 from maxlm.launch.job import Job, LaunchError
 
+TRIES = 5
+"""For what fails while a TPU VM boots or the network is gone for a moment."""
 NO_CAPACITY = re.compile(r"(?i)no more capacity|stockout|not enough resources|resources? .*unavailable|exhausted")
 NO_QUOTA = re.compile(r"(?i)quota")
 NOT_FOUND = re.compile(r"(?i)not.?found|does not exist")
@@ -88,12 +91,8 @@ class Cloud:
 
     def state(self) -> tuple[str, str]:
         """Its state in Cloud's words (GONE: there is none), and details where there are some."""
-        try:
-            known: dict[str, Any] = json.loads(tools.call(self.describe()))
-        except LaunchError as error:
-            if NOT_FOUND.search(str(error)):
-                return GONE, ""
-            raise
+        if (known := self._known()) is None:
+            return GONE, ""
         state = known.get("state", "")
         if isinstance(state, dict):  # of a queued resource: the state of its state
             failed = state.get("failedData", {}).get("error", {}).get("message", "")
@@ -102,6 +101,19 @@ class Cloud:
         if state == "READY" and health.startswith("UNHEALTHY"):
             return health, known.get("healthDescription", "")
         return state, known.get("healthDescription", "")
+
+    def _known(self) -> dict[str, Any] | None:
+        """What Cloud knows of it, or None; no answer at once is no reason to leave a TPU alone."""
+        for left in reversed(range(TRIES)):
+            try:
+                return json.loads(tools.call(self.describe()))
+            except LaunchError as error:
+                if NOT_FOUND.search(str(error)):
+                    return None
+                if not left:
+                    raise
+                time.sleep(self.job.options.poll_s)
+        return None
 
     def _command(self, verb: str, *arguments: str) -> list[str]:
         group = "queued-resources" if self.queued else "tpu-vm"

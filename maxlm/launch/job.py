@@ -28,6 +28,21 @@ class LaunchError(OSError):
     """Something that a cloud refused, or that broke on the way; one sentence."""
 
 
+_TPU = ("tpu-vm", "queued-resource")
+WHERE = {
+    **dict.fromkeys(["project", "reserved", "network", "subnetwork", "internal_ip", "keep"], _TPU),
+    "zones": (*_TPU, "skypilot"),
+    "spot": (*_TPU, "gke", "skypilot"),
+    "runtime_version": (*_TPU, "skypilot"),
+    "service_account": (*_TPU, "gke"),
+    "env_file": (*_TPU, "slurm", "skypilot"),
+    "image": ("gke", "skypilot"),
+    **dict.fromkeys(["namespace", "queue", "secret"], ("gke",)),
+    **dict.fromkeys(["partition", "account", "time"], ("slurm",)),
+}
+"""Options and the targets that know them."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user chose beside run and machine; None where nothing was said.
@@ -77,6 +92,7 @@ class Job:
         num_slices: slices of TPUs, each a machine.
         options: what else was chosen.
         fake_devices: CPU devices of all processes together, with --via local.
+        id: tells it from others of its name.
     """
 
     name: str
@@ -88,6 +104,7 @@ class Job:
     num_slices: int
     options: Options
     fake_devices: int | None = None
+    id: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
 
     @property
     def machine(self) -> Machine:
@@ -137,6 +154,10 @@ def make_job(config: str, overrides: list[str], on: str, via: str, name: str | N
         ConfigError: the run does not fit the machine, would be lost with it, or a secret would be shown.
     """
     _refuse_secrets(overrides)
+    for option, targets in WHERE.items():
+        if getattr(options, option) and via not in targets:
+            flag = "zone" if option == "zones" else option.replace("_", "-")
+            raise ConfigError(f"--{flag} means nothing with --via {via}; it is for {', '.join(targets)}")
     run, wanted = load_config(config, overrides), machine(on)
     _check_target(run, wanted, via, on)
     if via != "local":

@@ -50,6 +50,14 @@ def read(name: str) -> tuple[Job, dict[str, Any]]:
         raise ConfigError(f"{path} is damaged; stop {name} in the cloud's console, then remove {path.parent}") from None
 
 
+def is_stopped(job: Job) -> bool:
+    """Whether a launch was stopped, or another one took its name, since it was written."""
+    if not (folder(job.name) / "job.json").exists():
+        return True
+    there, facts = read(job.name)
+    return there.id != job.id or bool(facts.get("stopped"))
+
+
 def forget(name: str) -> None:
     """Nothing of it is left in the cloud."""
     shutil.rmtree(folder(name), ignore_errors=True)

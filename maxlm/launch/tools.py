@@ -1,6 +1,7 @@
 """Programs of others that launches call: gcloud, kubectl, sbatch, sky."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -40,6 +41,16 @@ def call(argv: Sequence[str], text: str | None = None) -> str:
     if done.returncode:
         raise LaunchError(f"{argv[0]}: {reason(done.stderr or done.stdout)}")
     return done.stdout
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command line as people write it: --flag='a value'."""
+
+    def word(text: str) -> str:
+        name, equals, value = text.partition("=")
+        return f"{name}={shlex.quote(value)}" if equals and text.startswith("--") else shlex.quote(text)
+
+    return " ".join(map(word, argv))
 
 
 def reason(said: str) -> str:

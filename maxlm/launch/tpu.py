@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,18 +12,16 @@ from typing import Any
 
 from maxlm import units
 from maxlm.config_file import ConfigError
-from maxlm.launch import code, record, tools
-from maxlm.launch.gcloud import COMING, GONE, NO_CAPACITY, NO_QUOTA, THERE, Cloud, setting, signed_in
-from maxlm.launch.job import ASKED_WRONGLY, EXTRAS, STOPPED, Job, LaunchError, until_done
+from maxlm.launch import code, record, remote, tools
+from maxlm.launch.gcloud import COMING, GONE, NO_CAPACITY, NO_QUOTA, THERE, TRIES, Cloud, setting, signed_in
+from maxlm.launch.job import ASKED_WRONGLY, STOPPED, Job, LaunchError
 
 HEALTHY_S = 600.0
 """A run that lasted so long was not ended by how it was started: failures are counted from there."""
 MAX_FAILURES = 3
 """Failures in a row, other than preemptions and lack of capacity, before giving up."""
-TRIES = 5
-"""For what fails while a TPU VM boots: ssh."""
 MAX_WAIT_S = 600.0
-EXIT = "maxlm-exit="
+STOPPED_ELSEWHERE = "{} was stopped from elsewhere"
 
 
 @dataclass(frozen=True)
@@ -35,27 +32,13 @@ class End:
     why: str = ""
 
 
-def scripts(job: Job) -> dict[str, str]:
-    """The scripts that go along: setup.sh installs, run.sh trains and leaves its exit code in the file exit."""
-    here = ["#!/bin/bash", 'cd "$(dirname "$0")"']
-    install = ["set -euo pipefail", *code.setup(EXTRAS[job.machine.kind], code.checkout())]
-    run = ["if [ -f env ]; then set -a; . ./env; set +a; fi", "cd code"]
-    run += until_done(job.train("../venv/bin/maxlm", "../config.yaml"))
-    run += ['echo "$code" > ../exit']
-    return {"setup.sh": "\n".join([*here, *install, ""]), "run.sh": "\n".join([*here, *run, ""])}
-
-
 def plan(job: Job, clouds: list[Cloud]) -> list[tuple[str, list[str]]]:
     """(what for, command) of all that a launch runs, in this order."""
     cloud, steps = clouds[0], [("create it", clouds[0].create())]
     steps += [(f"or, if {clouds[0].zone} has none", other.create()) for other in clouds[1:]]
-    archive = str(record.folder(job.name) / "code.tar.gz")
     for node in cloud.nodes:
-        steps += [(f"copy to the {job.machine.num_hosts} worker(s) of {node}", cloud.scp(node, archive, _archive(job)))]
-        if job.options.env_file:
-            steps += [("and the variables", cloud.scp(node, job.options.env_file, f"{_folder(job)}-env"))]
-        steps += [("install", cloud.ssh(node, _install(job))), ("start, on all workers", cloud.ssh(node, _start(job)))]
-    steps += [("watch", cloud.watch(cloud.nodes[0], _watch(job, 0)))]
+        steps += [*_delivery(job, cloud, node), ("start, on all workers", cloud.ssh(node, remote.start(job)))]
+    steps += [("watch", cloud.watch(cloud.nodes[0], remote.watch(job, 0)))]
     return [*steps, ("and at the end" if not job.options.keep else "not by itself (--keep)", cloud.delete())]
 
 
@@ -88,13 +71,14 @@ def launch(job: Job, places: list[Cloud], say: Callable[[str], None], detach: bo
         detach: return when the run has been started.
 
     Returns:
-        The run's exit code.
+        The run's exit code; STOPPED if it was stopped.
     """
     for cloud in places:
         if cloud.state()[0] != GONE:
             raise ConfigError(f"{job.name} exists already in {cloud.zone}: it is not this launch's; use another --name")
     record.folder(job.name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    code.pack(str(record.folder(job.name) / "code.tar.gz"), job.config, scripts(job))
+    record.write(job)
+    code.pack(str(record.folder(job.name) / "code.tar.gz"), job.config, remote.scripts(job))
     cloud = _create(job, places, say)
     return follow(job, cloud, places, say, started=False, detach=detach)
 
@@ -125,6 +109,9 @@ def follow(
             end = watch(job, cloud, say)
         except LaunchError as error:
             end = End(None, str(error))
+        if record.is_stopped(job):
+            say(STOPPED_ELSEWHERE.format(job.name))
+            return STOPPED
         lost = end.code is None or (end.code != 0 and _is_lost(job, cloud))
         if not lost:
             return _finish(job, cloud, end, say)
@@ -144,22 +131,19 @@ def deliver(job: Job, cloud: Cloud, say: Callable[[str], None]) -> None:
     Raises:
         LaunchError: a worker does not answer, or the installation failed.
     """
-    archive = str(record.folder(job.name) / "code.tar.gz")
     say(f"copying the code to {job.num_hosts} worker(s) and installing it")
     for node in cloud.nodes:
-        _patiently(job, cloud.scp(node, archive, _archive(job)))
-        if job.options.env_file:
-            _patiently(job, cloud.scp(node, job.options.env_file, f"{_folder(job)}-env"))
-        _patiently(job, cloud.ssh(node, _install(job)))
+        for _, command in _delivery(job, cloud, node):
+            _patiently(job, command)
     for node in cloud.nodes:
-        tools.call(cloud.ssh(node, _start(job)))
+        tools.call(cloud.ssh(node, remote.start(job)))
 
 
 def watch(job: Job, cloud: Cloud, say: Callable[[str], None]) -> End:
     """Prints what the first worker prints, until the run has ended or the TPU is lost."""
     seen, silent = 0, 0
     while True:
-        lines, code_text = _stream(cloud.watch(cloud.nodes[0], _watch(job, seen)))
+        lines, code_text = _stream(cloud.watch(cloud.nodes[0], remote.watch(job, seen)))
         seen += lines
         if code_text and code_text.isdecimal():
             return End(int(code_text), f"the run ended with exit code {code_text}")
@@ -169,7 +153,7 @@ def watch(job: Job, cloud: Cloud, say: Callable[[str], None]) -> End:
             return End(None, " ".join(filter(None, [state, details])))
         if code_text == "" and state in THERE:  # no exit code and no process: the machine has been restarted
             say("the run is gone from its machine; starting it again")
-            tools.call(cloud.ssh(cloud.nodes[0], _start(job)))
+            tools.call(cloud.ssh(cloud.nodes[0], remote.start(job)))
         if silent > TRIES:
             return End(None, "its first worker does not answer")
         time.sleep(job.options.poll_s)
@@ -192,11 +176,12 @@ def stop(job: Job, cloud: Cloud, now: bool, say: Callable[[str], None]) -> None:
         now: delete it without waiting for a save.
         say: tells the user.
     """
+    record.write(job, stopped=True)  # whoever watches it must not create it anew
     if not now and cloud.state()[0] in THERE:
         say("asking the run to save and end (--now does not wait)")
         for node in cloud.nodes:
             with contextlib.suppress(LaunchError):  # it goes anyway
-                tools.call(cloud.ssh(node, _end(job)))
+                tools.call(cloud.ssh(node, remote.end(job)))
     remove(cloud)
     say(f"{job.name} is deleted; nothing of it is billing")
 
@@ -219,13 +204,24 @@ def remove(cloud: Cloud) -> None:
     if cloud.state()[0] != GONE:
         raise LaunchError(
             f"{cloud.job.name} in {cloud.zone} could not be deleted and may be billing{why}; try again with "
-            f"{shlex.join(cloud.delete())}"
+            f"{tools.shown(cloud.delete())}"
         )
 
 
 def print_log(job: Job, cloud: Cloud) -> None:
     """Prints the end of what the first worker has printed."""
-    print(tools.call(cloud.ssh(cloud.nodes[0], f"tail -n 100 {_folder(job)}/log", "0")), end="")
+    print(tools.call(cloud.ssh(cloud.nodes[0], remote.log(job), "0")), end="")
+
+
+def _delivery(job: Job, cloud: Cloud, node: str) -> list[tuple[str, list[str]]]:
+    """(what for, command) that bring the run to the workers of a slice."""
+    archive = str(record.folder(job.name) / "code.tar.gz")
+    steps = [
+        (f"copy to the {job.machine.num_hosts} worker(s) of {node}", cloud.scp(node, archive, remote.archive(job)))
+    ]
+    if job.options.env_file:
+        steps += [("and the variables", cloud.scp(node, job.options.env_file, remote.variables(job)))]
+    return [*steps, ("install", cloud.ssh(node, remote.install(job)))]
 
 
 def _create(job: Job, places: list[Cloud], say: Callable[[str], None]) -> Cloud:
@@ -236,27 +232,31 @@ def _create(job: Job, places: list[Cloud], say: Callable[[str], None]) -> Cloud:
     """
     end, wait_s, reasons = time.monotonic() + job.options.wait_s, job.options.poll_s, {}
     places = list(places)
-    while places:
+    while places and not record.is_stopped(job):
         for cloud in list(places):
             say(f"asking for {job.machine.name} in {cloud.zone}")
             record.write(job, zone=cloud.zone, project=cloud.project)  # so that stop finds it, whatever happens
             try:
                 tools.call(cloud.create())
                 _wait_for(job, cloud, say)
-                return cloud
+                if not record.is_stopped(job):
+                    return cloud
+                raise LaunchError("nobody wants it any more")
             except LaunchError as error:
                 reasons[cloud.zone] = str(error)
-                with contextlib.suppress(LaunchError):
-                    remove(cloud)
+                say(f"{cloud.zone}: {error}")
+                remove(cloud)
                 if NO_QUOTA.search(str(error)) or not NO_CAPACITY.search(str(error)):
                     places.remove(cloud)  # waiting would not help
-                say(f"{cloud.zone}: {error}")
-        if places and time.monotonic() > end:
+        if time.monotonic() > end:
             break
         if places:
             say(f"no capacity; asking again in {units.duration(wait_s)}")
             time.sleep(wait_s)
             wait_s = min(MAX_WAIT_S, 2 * wait_s)
+    if record.is_stopped(job):
+        raise LaunchError(STOPPED_ELSEWHERE.format(job.name))
+    record.forget(job.name)
     raise LaunchError(f"no zone gave {job.machine.name}: " + "; ".join(f"{z}: {r}" for z, r in reasons.items()))
 
 
@@ -329,8 +329,8 @@ def _stream(command: list[str]) -> tuple[int, str | None]:
         assert child.stdout is not None
         try:
             for line in child.stdout:
-                if line.startswith(EXIT):
-                    told = line.removeprefix(EXIT).strip()
+                if line.startswith(remote.EXIT):
+                    told = line.removeprefix(remote.EXIT).strip()
                 else:
                     lines += 1
                     sys.stdout.write(line)
@@ -343,34 +343,3 @@ def _stream(command: list[str]) -> tuple[int, str | None]:
 
 def _billing(job: Job) -> str:
     return f"it is billing until you run: maxlm launch stop {job.name}"
-
-
-def _folder(job: Job) -> str:
-    return f"maxlm-{job.name}"
-
-
-def _archive(job: Job) -> str:
-    return f"{_folder(job)}.tar.gz"
-
-
-def _install(job: Job) -> str:
-    here = _folder(job)
-    env = f" && mv {here}-env {here}/env && chmod 600 {here}/env" if job.options.env_file else ""
-    return f"mkdir -p -m 700 {here} && tar xzf {_archive(job)} -C {here}{env} && bash {here}/setup.sh"
-
-
-def _start(job: Job) -> str:
-    # beside a run that goes on there already a second one would fight it for the chips
-    return (
-        f"cd {_folder(job)} && (kill -0 $(cat pid 2>/dev/null) 2>/dev/null || "
-        "{ rm -f exit; setsid nohup bash run.sh >> log 2>&1 < /dev/null & echo $! > pid; })"
-    )
-
-
-def _watch(job: Job, seen: int) -> str:
-    return f'cd {_folder(job)} && tail -n +{seen + 1} --pid=$(cat pid) -f log; echo "{EXIT}$(cat exit 2>/dev/null)"'
-
-
-def _end(job: Job) -> str:
-    pid = f"$(cat {_folder(job)}/pid)"
-    return f"kill -TERM {pid} && timeout 600 tail --pid={pid} -f /dev/null"

@@ -177,12 +177,15 @@ def create(name, zone, flags, queued):
 
 def look(group, verb, name, zone):
     with locked():
-        state = read("state.json")
+        cues, state = read("cues.json"), read("state.json")
+        if verb == "describe" and cues.get("silent", 0) > 0:
+            write("cues.json", {**cues, "silent": cues["silent"] - 1})
+            raise Refused("UNAVAILABLE: the service is currently unavailable")
         tpu = state.get(f"{zone}/{name}")
         if tpu is None or tpu["queued"] != (group == "queued-resources"):
             raise Refused(f"NOT_FOUND: Resource 'projects/p/locations/{zone}/nodes/{name}' was not found")
         if verb == "delete":
-            if read("cues.json").get("undeletable"):
+            if cues.get("undeletable"):
                 raise Refused("INTERNAL: try again")
             kill(tpu)
             del state[f"{zone}/{name}"]
