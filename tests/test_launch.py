@@ -378,21 +378,17 @@ def test_what_goes_along_can_be_installed(tmp_path):
     """A working copy goes, is installed there, and goes on from there as a wheel, which is installed again."""
     program = "import sys; from maxlm.launch import code; code.pack(sys.argv[1], sys.argv[2], {}); print(code.__file__)"
     path, python, told = config(tmp_path), sys.executable, []
-    for place in ("a", "b", "c"):
-        done = subprocess.run(
-            [python, "-c", program, str(tmp_path / f"{place}.tar.gz"), path],
-            cwd=ROOT if place == "a" else tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for place, cwd in {"a": ROOT, "b": tmp_path, "c": tmp_path}.items():
+        command = [python, "-c", program, str(tmp_path / f"{place}.tar.gz"), path]
+        env = {**os.environ, "PYTHONPATH": ""}
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
         with tarfile.open(tmp_path / f"{place}.tar.gz") as archive:
             archive.extractall(tmp_path / place, filter="data")
         python = installed(tmp_path / place / "code", tmp_path / f"venv-{place}")
     assert (tmp_path / "a" / "code" / "pyproject.toml").exists()
-    assert list((tmp_path / "b" / "code").iterdir()) == list((tmp_path / "b" / "code").glob("maxlm-*.whl"))
+    assert [path.suffix for path in (tmp_path / "b" / "code").iterdir()] == [".whl"]
     assert "venv-a" in told[1] and "venv-b" in told[2]
 
 
@@ -400,9 +396,12 @@ def installed(source, environment):
     """A Python with this one's packages and the maxlm of a folder."""
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
-    (what,) = source.glob("*.whl") if not (source / "pyproject.toml").exists() else [source]
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--no-build-isolation", str(what)], check=True, env={**os.environ, "PYTHONPATH": ""})
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    if (source / "pyproject.toml").exists():
+        options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(source)]
+        subprocess.run([*pip, "wheel", *options, str(source)], check=True)
+    (wheel,) = source.glob("*.whl")
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return str(python)
