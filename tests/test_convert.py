@@ -10,8 +10,9 @@ from helpers import one_document, our_logits, program_on, small_config
 from maxlm.config import ModelConfig
 from maxlm.convert.families import FAMILIES, FamilyError, family_for, family_of
 from maxlm.convert.keys import meaning
-from maxlm.convert.mapping import check_tensors, entries, parameters
+from maxlm.convert.mapping import check_tensors, entries
 from maxlm.convert.safetensors_writer import Writer
+from maxlm.parameters import parameters
 
 SIZES = {
     "vocab_size": 250,

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from maxlm.config import ModelConfig
 from maxlm.convert.arrays import ArrayReader
-from maxlm.convert.mapping import Entry, Part, parameters
+from maxlm.convert.mapping import Entry, Part
 from maxlm.convert.parallel import run_all
 from maxlm.convert.safetensors import Folder
 from maxlm.manifest import CheckpointError
+from maxlm.parameters import parameters
 from maxlm.progress import track
 
 

@@ -21,9 +21,10 @@ from maxlm.convert.arrays import DTYPES, ArrayReader, ArrayWriter, dtype_of
 from maxlm.convert.both import Converted, dims_of_slots, parts_read, verify_all
 from maxlm.convert.families import Family, FamilyError, family_of
 from maxlm.convert.folders import ConvertError
-from maxlm.convert.mapping import Entry, check_tensors, entries, parameters
+from maxlm.convert.mapping import Entry, check_tensors, entries
 from maxlm.convert.parallel import run_all, scratch
 from maxlm.convert.safetensors import Folder
+from maxlm.parameters import parameters
 from maxlm.progress import track
 
 

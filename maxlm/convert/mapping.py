@@ -1,42 +1,16 @@
 """One model's tensors beside its parameters: what goes where, and how it is turned, in both directions."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
-from flax import nnx
 
-from maxlm.config import MeshConfig, ModelConfig
+from maxlm.config import ModelConfig
 from maxlm.convert.families import Family, FamilyError
 from maxlm.convert.parallel import bands
-from maxlm.leaves import map_paths, shapes_of
-from maxlm.mesh import make_mesh
-from maxlm.model.param import dims_of
-from maxlm.model.transformer import Transformer
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of ours.
-
-    Attributes:
-        dims: dimension letters, without the L of stacked ones.
-        shape: all of it, padding and stacked layers included.
-    """
-
-    dims: str
-    shape: Shape
-
-    @property
-    def own(self) -> Shape:
-        """Shape of one layer's share."""
-        return self.shape[len(self.shape) - len(self.dims) :]
+from maxlm.parameters import Parameter, Shape, parameters
 
 
 @dataclass(frozen=True)
@@ -101,17 +75,6 @@ class Entry:
             yield from itertools.chain.from_iterable(pieces)
         else:
             yield np.concatenate([np.concatenate(list(piece)) for piece in pieces], self.axis)
-
-
-@functools.cache
-def parameters(model: ModelConfig) -> dict[str, Parameter]:
-    """All parameters of a model, by path, without making any."""
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.local_devices(backend="cpu")[:1])):
-        state = nnx.split(jax.eval_shape(lambda: Transformer(jax.random.key(0), model)))[1]
-    letters: dict[str, str] = {}
-    map_paths(letters.__setitem__, nnx.to_pure_dict(dims_of(state)))
-    shapes = shapes_of(nnx.to_pure_dict(state))
-    return {path: Parameter(dims.replace("J", "K"), shapes[path][0]) for path, dims in letters.items()}
 
 
 def entries(family: Family, model: ModelConfig) -> list[Entry]:

@@ -20,12 +20,13 @@ from maxlm.convert.arrays import DTYPES, ArrayReader, dtype_of
 from maxlm.convert.both import Converted, dims_of_slots, parts_read, verify_all
 from maxlm.convert.families import FAMILIES, Family, family_for, family_of
 from maxlm.convert.folders import ConvertError
-from maxlm.convert.mapping import Entry, check_tensors, entries, parameters
+from maxlm.convert.mapping import Entry, check_tensors, entries
 from maxlm.convert.merged import open_arrays
 from maxlm.convert.parallel import run_all
 from maxlm.convert.safetensors import Folder
 from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
+from maxlm.parameters import parameters
 from maxlm.progress import track
 
 EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm/weight", "embed_norm/bias")
