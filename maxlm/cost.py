@@ -6,10 +6,13 @@ model and charged at the matmul peak.
 """
 
 import collections
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from maxlm import flops, hlo
+from maxlm.config import Config
 from maxlm.hardware import detect
 from maxlm.kernels import splash_blocks
 from maxlm.kernels.splash_blocks import Mask
@@ -43,8 +46,9 @@ def cost_of(program: Program, compiled: Any) -> dict[str, Any]:
     model_flops = program.flops_per_token * tokens
     found = hlo.operations(text)
     kernels = [op for op in found if op.cycles is None]
-    attention_flops = _attention_flops(program) if any("splash" in op.source for op in kernels) else 0.0
-    expert_flops = _expert_flops(program) if any("splash" not in op.source for op in kernels) else 0.0
+    shape = program.mesh.shape
+    attention_flops = _attention_flops(config, shape) if any("splash" in op.source for op in kernels) else 0.0
+    expert_flops = _expert_flops(config, shape) if any("splash" not in op.source for op in kernels) else 0.0
     arguments, heap = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     if found:  # of a TPU: temporaries that overlap count once in the peak, which is of the host's memory too
         heap = memory.peak_memory_in_bytes - arguments - memory.host_argument_size_in_bytes
@@ -65,7 +69,7 @@ def cost_of(program: Program, compiled: Any) -> dict[str, Any]:
     }
     if chip and chip.flops_per_cycle and found:
         per_cycle = chip.flops_per_cycle
-        attention = _attention_cycles(program, chip.name) if attention_flops else 0.0
+        attention = attention_cycles(config, shape, chip.name) if attention_flops else 0.0
         attention = attention_flops / per_cycle if attention is None else attention
         result["kernel_cycles"] = attention + expert_flops / per_cycle
         cycles = sum(op.cycles * op.times for op in found if op.cycles) + result["kernel_cycles"]
@@ -112,25 +116,24 @@ def top_operations(costs: list[tuple[str, float]], count: int) -> list[dict[str,
     return [{"place": place, "cost": cost, "share": cost / whole} for place, cost in top]
 
 
-def _attention_flops(program: Program) -> float:
-    """FLOPs of attention kernels: splash's backward pass has 7 products, the model's 4; its forward may run twice."""
-    config = program.config
-    of_model = flops.attention_flops_per_token(config.model, config.train.seq_len)
-    tokens = config.train.tokens_per_step / program.mesh.size
-    return of_model * tokens * (7 + 2 * _attention_forwards(program)) / 6
+def attention_forwards(config: Config, shape: Mapping[str, int]) -> int:
+    """How often the forward pass of attention runs. Args as attention_cycles."""
+    return 1 + (config.train.remat in ("full", "dots", "offload")) + _more_forwards(config, shape)
 
 
-def _attention_forwards(program: Program) -> int:
-    """How often the forward pass of attention runs."""
-    return 1 + (program.config.train.remat in ("full", "dots", "offload")) + _more_forwards(program)
+def attention_cycles(config: Config, shape: Mapping[str, int], chip: str) -> float | None:
+    """Cycles of attention kernels per device, by their schedules; None where those are not known.
 
-
-def _attention_cycles(program: Program, chip: str) -> float | None:
-    """Cycles of attention kernels per device, by their schedules; None where those are not known."""
-    model, train, shards = program.config.model, program.config.train, program.mesh.shape.get("context", 1)
+    Args:
+        config: the run.
+        shape: devices per mesh axis.
+        chip: name of a TPU.
+    """
+    model, train, shards = config.model, config.train, shape.get("context", 1)
     if model.attention_softcap is not None or model.dtype == "float32":
         return None
-    T, runs, total = train.seq_len // shards, {"fwd": _attention_forwards(program), "dq": 1, "dkv": 1}, 0.0
+    T, total = train.seq_len // shards, 0.0
+    runs = {"fwd": attention_forwards(config, shape), "dq": 1, "dkv": 1}
     for kind in set(model.layer_pattern):
         if kind == "local" and shards > 1:
             continue  # plain XLA, which the compiler has priced
@@ -144,23 +147,30 @@ def _attention_cycles(program: Program, chip: str) -> float | None:
                 if cycles is None:
                     return None
                 total += cycles * count * times * model.num_layers_of(kind)
-    return total * train.batch_size * model.num_heads * shards / program.mesh.size
+    return total * train.batch_size * model.num_heads * shards / math.prod(shape.values())
 
 
-def _expert_flops(program: Program) -> float:
+def _attention_flops(config: Config, shape: Mapping[str, int]) -> float:
+    """FLOPs of attention kernels: splash's backward pass has 7 products, the model's 4; its forward may run twice."""
+    of_model = flops.attention_flops_per_token(config.model, config.train.seq_len)
+    tokens = config.train.tokens_per_step / math.prod(shape.values())
+    return of_model * tokens * (7 + 2 * attention_forwards(config, shape)) / 6
+
+
+def _expert_flops(config: Config, shape: Mapping[str, int]) -> float:
     """FLOPs of the kernels of routed experts, forward, forward again and backward, where tokens are spread evenly."""
-    model = program.config.model
+    model = config.model
     weights = model.num_expert_layers * (model.experts_per_token or 0) * model.d_model * model.expert_width
-    again = (program.config.train.remat != "none") + _more_forwards(program)
-    again = 1 if program.mesh.shape.get("stage", 1) > 1 else again
+    again = (config.train.remat != "none") + _more_forwards(config, shape)
+    again = 1 if shape.get("stage", 1) > 1 else again
     per_token = (3 if model.mlp == "gated" else 2) * weights * (6 + 2 * again)
-    return per_token * program.config.train.tokens_per_step / program.mesh.size
+    return per_token * config.train.tokens_per_step / math.prod(shape.values())
 
 
-def _more_forwards(program: Program) -> int:
+def _more_forwards(config: Config, shape: Mapping[str, int]) -> int:
     """Forward passes beside those of the remat policy: of a pipeline with another one, of repeats_per_scan."""
-    train, stages = program.config.train, program.mesh.shape.get("stage", 1)
-    if stages > 1:
+    train = config.train
+    if shape.get("stage", 1) > 1:
         return int(train.remat not in ("full", "dots", "offload"))
     return int(train.repeats_per_scan > 1 and train.remat != "none")
 

@@ -125,7 +125,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any], torus: Sequence[int] |
         inner //= size
         if size == 1 and name not in ("data", "fsdp", "tensor"):
             continue
-        parts = _cut(size, inner, torus) if name == "fsdp" else [size]
+        parts = axis_parts(size, inner, torus) if name == "fsdp" else [size]
         names += [f"{name}{i}" for i in range(len(parts))] if len(parts) > 1 else [name]
         shape += parts
     return Mesh(np.array(devices).reshape(shape), tuple(names), axis_types=(AxisType.Explicit,) * len(names))
@@ -216,7 +216,7 @@ def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:
     return [devices[i] for i in order], torus
 
 
-def _cut(size: int, inner: int, torus: Sequence[int]) -> list[int]:
+def axis_parts(size: int, inner: int, torus: Sequence[int]) -> list[int]:
     """Cuts an axis of `size` devices at stride `inner` where row-major order leaves a torus dimension."""
     parts: list[int] = []
     boundary = 1

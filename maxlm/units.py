@@ -1,6 +1,34 @@
 """Numbers as people read them: 8.03B, 1.5 GiB, 2 h 05 min."""
 
 import math
+import re
+
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 365.25 * 86400.0}
+
+
+def seconds(text: str) -> float:
+    """Seconds of a time with its unit, such as 30s, 5min, 4h, 10d or 5.8y.
+
+    Raises:
+        ValueError: it is no such time.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d|y)", text.strip(), re.ASCII)
+    if not match:
+        raise ValueError(f"{text[:40]!r} is no time with a unit, such as 30s, 5min, 4h, 10d or 5.8y")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def number(text: str) -> float:
+    """A count as people write it: 1T, 25B, 1.5e12, 10_000.
+
+    Raises:
+        ValueError: it is none above 0.
+    """
+    match = re.fullmatch(r"(\d[\d_]{0,17}(?:\.\d{1,9})?(?:[eE]\d{1,2})?)([kMBT]?)", text.strip(), re.ASCII)
+    found = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]] if match else 0.0
+    if not 0 < found < math.inf:
+        raise ValueError(f"{text[:40]!r} is no number above 0, such as 1T, 25B or 1.5e12")
+    return found
 
 
 def count(n: float) -> str:

@@ -12,7 +12,6 @@ from maxlm.config_file import ConfigError
 from maxlm.plan import failures
 from maxlm.plan.failures import Failures, Fleet, Goodput, Recovery
 
-UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 365.25 * 86400.0}
 NOWHERE = 0.01
 """Goodput below which a run is not worth a number of days."""
 EXAMPLES = """examples:
@@ -156,12 +155,10 @@ def _seconds(args: argparse.Namespace, name: str, default: float = 0.0) -> float
     text = getattr(args, name)
     if text is None:
         return default
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d|y)", text, re.ASCII)
-    if not match:
-        raise ConfigError(
-            f"--{name.replace('_', '-')}={text} is to be a time with its unit, such as 30s, 5min, 4h, 10d or 5y"
-        )
-    return float(match[1]) * UNITS_S[match[2]]
+    try:
+        return units.seconds(text)
+    except ValueError as error:
+        raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 def _allowed(text: str | None) -> tuple[int, ...]:
