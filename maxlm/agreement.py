@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from maxlm import hosts
+from maxlm import heartbeat, hosts
 
 SAVE = "save"
 """The wish for a temporary save; every other one stops the run and says who wishes it."""
@@ -128,6 +128,7 @@ class Agreement:
 
     def _end(self, wish: str) -> None:
         try:
+            heartbeat.beat(heartbeat.STOPPED, 0)
             self._leave(wish)
             hosts.linger(self._host if self._num_hosts > 1 else None)
             sys.stdout.flush()

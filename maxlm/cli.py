@@ -164,6 +164,8 @@ def _train(args: argparse.Namespace) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # Orbax, when a save fails
     result = train(config)
+    if result.status == "stopped":
+        heartbeat.beat(heartbeat.STOPPED, result.step)
     if any(thread.name.startswith(READER) for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(0)  # stopped while a read hung: Python would wait for its thread

@@ -11,6 +11,8 @@ FILE = "MAXLM_HEARTBEAT"
 """Environment variable: the file to write into. Without it nothing is written."""
 STEP = "step"
 """Phase in which steps follow one another; others may take any time."""
+STOPPED = "stopped"
+"""Phase after a stop that somebody asked for, here or on another host: the run is not complete."""
 
 
 class Beat(NamedTuple):

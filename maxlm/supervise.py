@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm import units
-from maxlm.heartbeat import FILE, STEP, Beat, read_beat
+from maxlm.heartbeat import FILE, STEP, STOPPED, Beat, read_beat
 
 POLL_S = 0.5
 LONGEST_WAIT_S = 300.0
@@ -41,12 +41,14 @@ class Limits:
         phase_s: the same of what is no step: start and compilation, evaluation, saving.
         retries: failures in a row at the same step before giving up.
         first_wait_s: wait before the first new start, in seconds; doubles each time.
+        stopped_code: exit code of a run that was asked to stop, here or on another host, and ended well.
     """
 
     step_s: float = 60.0
     phase_s: float = 3600.0
     retries: int = 3
     first_wait_s: float = 1.0
+    stopped_code: int = 0
 
 
 def supervise(command: Sequence[str], limits: Limits) -> int:
@@ -66,6 +68,8 @@ def supervise(command: Sequence[str], limits: Limits) -> int:
             code, why = run.wait()
             # what was right once fails for other reasons: a host or a disk that is not back yet
             final = (0, INTERRUPTED) if furthest else (0, ASKED_WRONGLY, INTERRUPTED)
+            if code == 0 and run.stopped:
+                return limits.stopped_code
             if code in final or stop.asked is not None:
                 return code if code >= 0 else 1
             if run.step > furthest:
@@ -147,6 +151,11 @@ class _Run:
                 self._end(silent_s)
                 return -signal.SIGKILL, "it hung and was killed"
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it has told that it was asked to stop."""
+        return self._last.phase == STOPPED
+
     def _look(self) -> None:
         beat = read_beat(self._path)
         if beat is None or beat == self._last:
@@ -207,6 +216,9 @@ def add_parser(subparsers: Any) -> None:
         metavar="S",
         help="seconds that start, compilation, evaluation or a save may take (3600)",
     )
+    parser.add_argument(
+        "--stopped-code", type=int, default=0, metavar="N", help="exit code of a run that was asked to stop (0)"
+    )
     parser.add_argument("command", metavar="-- COMMAND", nargs=argparse.REMAINDER, help="train CONFIG [settings]")
     parser.set_defaults(run=_run)
 
@@ -215,5 +227,5 @@ def _run(args: argparse.Namespace) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if command[:1] != ["train"]:
         raise ValueError("supervise what? write: maxlm supervise -- train CONFIG.yaml")
-    limits = Limits(args.step_limit, args.phase_limit, args.retries)
+    limits = Limits(args.step_limit, args.phase_limit, args.retries, stopped_code=args.stopped_code)
     return supervise([sys.executable, "-m", "maxlm", *command], limits)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -193,7 +194,9 @@ def test_a_jobset_asks_for_whole_slices(tmp_path, capsys):
     }
     assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team" and found["spec"]["suspend"]
     assert yaml.safe_load(files["data"]["config.yaml"])["run"]["name"] == "r"
-    assert "maxlm supervise -- train /etc/maxlm/config.yaml mesh.slices=2 &" in container["command"][2]
+    assert (
+        "maxlm supervise --stopped-code 143 -- train /etc/maxlm/config.yaml mesh.slices=2 &" in container["command"][2]
+    )
 
 
 def test_hosts_with_gpus_are_told_where_the_first_one_is(tmp_path, capsys):
@@ -265,6 +268,32 @@ def test_a_run_that_was_told_to_end_is_not_taken_for_complete(command, signalled
         time.sleep(1)
         process.terminate()
     assert process.wait(30) == code_is
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["compiling", "training"])
+def test_a_host_that_stops_with_another_one_is_not_taken_for_complete_either(moment, tmp_path):
+    path = config(tmp_path, str(tmp_path / "runs"))
+    command = [sys.executable, "-m", "maxlm", "supervise", "--stopped-code", "143", "--", "train", path]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    hosts = [
+        subprocess.Popen([*command, "train.steps=9000"], cwd=ROOT, env={**env, "JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
+    run = tmp_path / "runs" / "r"
+    if moment == "training":
+        until(lambda: list((run / "checkpoints").glob("*/MANIFEST.json")), hosts[0])
+    else:
+        until(lambda: (run / "train.log").exists() and "compiling" in (run / "train.log").read_text(), hosts[0])
+    hosts[1].terminate()
+    assert [host.wait(120) for host in hosts] == [143, 143]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 # ---- Slurm

@@ -104,7 +104,7 @@ def test_a_run_is_started_on_all_workers_watched_and_leaves_nothing_billing(via,
     (tmp_path / "env").write_text("SOME_KEY=s3cr3t\n")
     assert launch(tmp_path, "optim.learning_rate=0.5", "--env-file", str(tmp_path / "env"), via=via) == 0
     out, err = capsys.readouterr()
-    assert "asked: supervise -- train ../config.yaml optim.learning_rate=0.5" in out
+    assert "asked: supervise --stopped-code 143 -- train ../config.yaml optim.learning_rate=0.5" in out
     assert "key: s3cr3t" in out, "the variables reached the run"
     assert "price unknown" in out
     assert "the run is complete" in err and "nothing is billing" in err
@@ -178,6 +178,27 @@ def test_a_preempted_tpu_is_replaced(via, cloud, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "the TPU is lost" in err and "step 3" in out and "the end" in out
     assert len(cloud.calls("create", "--spot")) == 2 and cloud.tpus() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_run_that_was_told_to_end_goes_on_only_if_its_tpu_is_taken_away(taken, cloud, tmp_path, capsys):
+    """The machine that warned it still answers for a moment."""
+    cloud.run_is("143")
+
+    def take_away():
+        until(lambda: "the end" in log(cloud, 0))
+        cloud.run_is("0")
+        cloud.preempt()
+
+    thread = threading.Thread(target=take_away)
+    if taken:
+        thread.start()
+    assert launch(tmp_path, "--spot", on="v5e-1") == (0 if taken else 143)
+    if taken:
+        thread.join()
+    assert len(cloud.calls("create")) == 1 + taken and cloud.tpus() == []
+    assert ("the run is complete" if taken else "the run was stopped") in capsys.readouterr().err
 
 
 def test_a_dead_worker_costs_its_tpu(cloud, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The supervisor, on real processes that crash and hang."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -35,6 +36,12 @@ def run(tmp_path, body, limits=QUICK):
 
 def test_a_run_that_ends_well_is_not_started_again(tmp_path):
     assert run(tmp_path, "beat('step', 1)") == (0, 1)
+
+
+def test_a_run_that_was_asked_to_stop_ends_with_a_code_of_its_own(tmp_path):
+    limits = dataclasses.replace(QUICK, stopped_code=143)
+    assert run(tmp_path, "beat('step', 1)\nbeat('stopped', 1)", limits) == (143, 1)
+    assert run(tmp_path, "beat('step', 1)", limits)[0] == 0
 
 
 def test_a_crash_is_followed_by_a_new_start(tmp_path, capsys):

@@ -123,7 +123,7 @@ class Job:
             maxlm: how the program is called there.
             config: path of the config there.
         """
-        return f"{maxlm} supervise -- train {shlex.join([config, *self.overrides])}"
+        return f"{maxlm} supervise --stopped-code {STOPPED} -- train {shlex.join([config, *self.overrides])}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; from_json takes them back."""

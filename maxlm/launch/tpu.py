@@ -21,6 +21,8 @@ HEALTHY_S = 600.0
 MAX_FAILURES = 3
 """Failures in a row, other than preemptions and lack of capacity, before giving up."""
 MAX_WAIT_S = 600.0
+WARNED = 10
+"""Looks at a TPU whose run was told to end, before that is taken for somebody's wish."""
 STOPPED_ELSEWHERE = "{} was stopped from elsewhere"
 
 
@@ -112,7 +114,7 @@ def follow(
         if record.is_stopped(job):
             say(STOPPED_ELSEWHERE.format(job.name))
             return STOPPED
-        lost = end.code is None or (end.code != 0 and _is_lost(job, cloud))
+        lost = end.code is None or (end.code != 0 and _is_lost(job, cloud, end.code))
         if not lost:
             return _finish(job, cloud, end, say)
         preempted = cloud.state()[0] in ("PREEMPTED", "SUSPENDED", "SUSPENDING", GONE)
@@ -281,18 +283,26 @@ def _wait_for(job: Job, cloud: Cloud, say: Callable[[str], None]) -> None:
         time.sleep(job.options.poll_s)
 
 
-def _is_lost(job: Job, cloud: Cloud) -> bool:
-    """Whether a run failed since its TPU, or one of its workers, went away."""
-    for _ in range(TRIES):
-        state = cloud.state()[0]
-        if state not in (*THERE, *COMING):
+def _is_lost(job: Job, cloud: Cloud, ended: int) -> bool:
+    """Whether a run ended since its TPU, or one of its workers, went away."""
+    answers = False
+    # one that was told to end may have been told by a machine that is about to go, and still answers
+    for attempt in range(WARNED if ended == STOPPED else TRIES):
+        if attempt:
+            time.sleep(job.options.poll_s)
+        if record.is_stopped(job):
+            return False
+        if cloud.state()[0] not in (*THERE, *COMING):
             return True
-        with contextlib.suppress(LaunchError):
+        try:
             for node in cloud.nodes:
                 tools.call(cloud.ssh(node, "true"))
-            return False
-        time.sleep(job.options.poll_s)
-    return True
+            answers = True
+        except LaunchError:
+            answers = False
+        if answers and ended != STOPPED:
+            break
+    return not answers
 
 
 def _finish(job: Job, cloud: Cloud, end: End, say: Callable[[str], None]) -> int:
