@@ -242,6 +242,16 @@ def test_kubectl_gets_the_manifests_and_deletes_them(tmp_path, capsys, monkeypat
     ]
 
 
+def test_what_kubectl_refuses_leaves_nothing(tmp_path, capsys, monkeypatch):
+    refusal = """error: resource mapping not found for name: "r": no matches for kind "JobSet" in version"""
+    stand_in(tmp_path, monkeypatch, "kubectl", f"[ $1 = delete ] || {{ echo '{refusal}' >&2; exit 1; }}")
+    arguments = ["launch", config(tmp_path), "--on", "v5e-8", "--via", "gke", "--image", "i", "--yes"]
+    for _ in range(2):
+        assert main(arguments) == 1
+        assert 'no matches for kind "JobSet"' in capsys.readouterr().err
+    assert calls(tmp_path, "kubectl") == ["create -f -", "delete configmap r --ignore-not-found"] * 2
+
+
 def test_kubernetes_needs_an_image(tmp_path, capsys):
     assert main(["launch", config(tmp_path), "--on", "v5e-8", "--via", "gke", "--yes"]) == 2
     assert "--via gke needs --image" in capsys.readouterr().err
@@ -361,6 +371,19 @@ def test_a_slurm_job_that_is_stopped_is_not_queued_again(tmp_path, capsys, monke
     assert "job 42 RUNNING" in capsys.readouterr().out
     assert main(["launch", "stop", "r"]) == 0
     assert calls(tmp_path, "scontrol") == ["update JobId=42 Requeue=0"] and calls(tmp_path, "scancel") == ["42"]
+
+
+def test_a_slurm_job_that_has_ended_is_forgotten(tmp_path, monkeypatch, capsys):
+    for tool in ("scontrol", "scancel", "squeue"):
+        stand_in(tmp_path, monkeypatch, tool, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    stand_in(tmp_path, monkeypatch, "sbatch", "echo 42")
+    path = config(tmp_path, str(tmp_path / "runs"))
+    assert main(["launch", path, "--on", "h100:8", "--via", "slurm", "--yes"]) == 0
+    assert main(["launch", "stop", "r"]) == 0
+    stand_in(tmp_path, monkeypatch, "squeue", "echo RUNNING")
+    assert main(["launch", path, "--on", "h100:8", "--via", "slurm", "--yes"]) == 0
+    assert main(["launch", "stop", "r"]) == 1, "it runs and cannot be cancelled"
+    assert "Invalid job id" in capsys.readouterr().err
 
 
 # ---- SkyPilot

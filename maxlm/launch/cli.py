@@ -136,8 +136,13 @@ def _launch(job: Job, places: list[Cloud], detach: bool) -> int:
     if job.via == "slurm":
         record.write(job, number=slurm.launch(job))
     else:
-        record.write(job)
-        {"gke": gke, "skypilot": skypilot}[job.via].launch(job)
+        record.write(job)  # so that stop finds it, whatever happens
+        try:
+            {"gke": gke, "skypilot": skypilot}[job.via].launch(job)
+        except LaunchError:
+            if job.via == "gke":  # nothing is left
+                record.forget(job.name)
+            raise
     _say(f"{job.name} is started; maxlm launch logs {job.name} shows what it prints, stop {job.name} ends it")
     return 0
 

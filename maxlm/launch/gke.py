@@ -1,5 +1,6 @@
 """GKE and other Kubernetes clusters: a JobSet, queued by Kueue where a queue is named."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,18 @@ def commands(job: Job) -> list[list[str]]:
 
 
 def launch(job: Job) -> None:
-    """Creates them."""
-    tools.call(commands(job)[0], render(job))
+    """Creates both, or neither.
+
+    Raises:
+        LaunchError: there is one of that name, no JobSet in this cluster, or no right to create one.
+    """
+    try:
+        tools.call(commands(job)[0], render(job))
+    except LaunchError as error:
+        if "exist" not in str(error):  # else it is not this launch's
+            with contextlib.suppress(LaunchError):
+                tools.call(_kubectl(job, "delete", "configmap", job.name, "--ignore-not-found"))
+        raise
 
 
 def status(job: Job) -> str:

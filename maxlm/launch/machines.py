@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from maxlm import hardware
 from maxlm.config_file import ConfigError
 
+MAX_CHARS = 40
+"""Of a name that is looked up; no machine's is longer."""
 CHIPS_PER_HOST = 4
 """Of a slice of several hosts, on every generation."""
 
@@ -110,6 +112,7 @@ def machine(name: str) -> Machine:
     Raises:
         ConfigError: there is no such machine; names the nearest.
     """
+    name = name if len(name) <= MAX_CHARS else f"{name[:MAX_CHARS]}..."
     kind, separator, size = name.lower().rpartition(":" if ":" in name else "-")
     tpu = next((t for t in TPUS if kind in (t.prefix, *t.aliases)), None)
     if separator and tpu is not None:
@@ -162,7 +165,7 @@ def _near(name: str, kind: str, tpu: Tpu | None) -> list[str]:
     """Names like a wrong one: of the same generation if that was right."""
     if tpu is not None:
         sizes = {f"{kind}-{_size(shape) * tpu.cores}": _size(shape) for shape in tpu.shapes}
-        size = name[len(kind) + 1 :][:40]
+        size = name[len(kind) + 1 :]
         if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
             chips = _size(size) if "x" in size else int(size) / tpu.cores
             return sorted(sizes, key=lambda n: abs(math.log(sizes[n]) - math.log(chips)))[:3]

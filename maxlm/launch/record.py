@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from maxlm import storage
 from maxlm.config_file import ConfigError
 from maxlm.launch.job import Job, from_json
@@ -44,7 +46,7 @@ def read(name: str) -> tuple[Job, dict[str, Any]]:
             + (f"there are {', '.join(near)}" if near else "look in the cloud's console, or launch it from here first")
         )
     try:
-        facts = json.loads(path.read_bytes())
+        facts = TypeAdapter(Any).validate_json(path.read_bytes())
         return from_json(facts.pop("job")), facts
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} is damaged; stop {name} in the cloud's console, then remove {path.parent}") from None

@@ -1,12 +1,13 @@
 """Slurm: one sbatch script, one process per node."""
 
+import contextlib
 import os
 import shlex
 import sys
 from pathlib import Path
 
 from maxlm.launch import record, tools
-from maxlm.launch.job import STOPPED, Job, until_done
+from maxlm.launch.job import STOPPED, Job, LaunchError, until_done
 
 WARNING_S = 300
 """From Slurm's warning to the end of the allotted time: for the save."""
@@ -84,9 +85,20 @@ def log_command(job: Job, follow: bool) -> list[str]:
 
 
 def stop(number: str) -> None:
-    """Cancels the job: its run gets SIGTERM, saves and ends, and is not queued again."""
-    tools.call(["scontrol", "update", f"JobId={number}", "Requeue=0"])
-    tools.call(["scancel", number])
+    """Cancels the job: its run gets SIGTERM, saves and ends, and is not queued again. It may have ended already.
+
+    Raises:
+        LaunchError: it could not be cancelled.
+    """
+    try:
+        tools.call(["scontrol", "update", f"JobId={number}", "Requeue=0"])
+        tools.call(["scancel", number])
+    except LaunchError:
+        there = ""
+        with contextlib.suppress(LaunchError):  # Slurm has forgotten it
+            there = tools.call(["squeue", "--noheader", f"--jobs={number}", "--format=%T"]).strip()
+        if there:
+            raise
 
 
 def _coordinates(job: Job) -> list[str]:
