@@ -30,6 +30,7 @@ EPILOG = """examples:
   maxlm generate models/llama "Once upon a time"          continue a text
   maxlm eval perplexity runs/a --text book.txt            how well a model predicts a text
   maxlm goodput --slices 40 --chips-per-slice 256 --work 60d --chip-mtbf 5.8y   what failures leave of a long run
+  maxlm scaling runs/small-* --budget-flops 1e21          what small runs say of a large one
 """
 
 
@@ -117,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm.evaluate import cli as evaluate_cli
     from maxlm.infer import cli as infer_cli
     from maxlm.launch import cli as launch_cli
-    from maxlm.plan import failures_cli
+    from maxlm.plan import failures_cli, scaling_cli
 
-    parts = (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise, failures_cli, launch_cli)
-    for part in parts:
+    parts = (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise)
+    for part in (*parts, scaling_cli, failures_cli, launch_cli):
         part.add_parser(commands)
     return parser
 
