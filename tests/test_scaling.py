@@ -177,7 +177,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_published_laws_say_whose_they_are(capsys):
-    """Besiroglu et al., section 5: their law agrees with the 20 tokens per parameter of Chinchilla's own training."""
+    """Besiroglu et al.: their law agrees with the 20 tokens per parameter of Chinchilla's own training."""
     assert main(["scaling", "--law", "chinchilla-replicated", "--budget-flops", "5.76e23"]) == 0
     text = capsys.readouterr().out
     assert "Besiroglu" in text

@@ -2,7 +2,7 @@
 
 All are sums of power laws, L(x) = E + sum_i A_i / x_i^a_i: of compute, L(C), or of model size and tokens, L(N, D).
 They are fitted as Hoffmann et al. fit theirs (approach 3): the lowest Huber loss of log L, from a grid of starts.
-Theirs stopped early (Besiroglu et al., section 3.3), so the descent goes on here until nothing changes. It is not
+Theirs stopped early (Besiroglu et al.), so the descent goes on here until nothing changes. It is not
 L-BFGS but damped Gauss-Newton with the Huber loss as weights, which numpy does for all starts and draws at once.
 
 Intervals: Besiroglu et al. draw their 240 runs again, with replacement. A user has six, and such a draw would often
