@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from helpers import MODEL, small_config
 
-from maxlm import flops, hardware
+from maxlm import flops, hardware, parse_config, train
 from maxlm.cli import main
 from maxlm.config_file import to_yaml
+from maxlm.data.build import build_store
 from maxlm.plan import laws, scaling
 from maxlm.plan.scaling import scaling_report
 from maxlm.plan.scaling_cli import flops_for_usd
@@ -129,6 +130,9 @@ def test_what_cannot_be_fitted_is_refused_in_one_sentence(tmp_path):
     (fresh / "metrics.jsonl").unlink()
     (fresh / "summary.json").unlink()
     assert "no finished step" in refused(*good, str(fresh))
+    bare = Path(make_run(tmp_path / "bare"))
+    (bare / "config.yaml").unlink()
+    assert "no config.yaml" in refused(*good, str(bare))
 
 
 def test_losses_of_several_tokenizers_are_compared_in_bits_per_byte_or_not_at_all(tmp_path):
@@ -151,6 +155,8 @@ def test_what_weakens_a_comparison_is_said(tmp_path):
     without = make_run(tmp_path / "without", 120, 1200, heldout=False)
     going = Path(make_run(tmp_path / "going", 100, 1000))
     (going / "summary.json").unlink()
+    steep = [make_run(tmp_path / f"steep-{w}", w, w * 10, loss=x) for w, x in ((20, 4.0), (60, 3.5), (180, 2.0))]
+    assert "E is as good as 0" in scaling_report(steep)["notes"][0]
     elsewhere = make_run(tmp_path / "elsewhere", 140, 1400, store={"heldout": "another"})
     notes = "\n".join(scaling_report([*runs, without, str(going), elsewhere])["notes"])
     for text in ("smoothed training losses", "going is unfinished", "held-out texts are not the same"):
@@ -185,3 +191,30 @@ def test_published_laws_say_whose_they_are(capsys):
     params, tokens = laws.PUBLISHED["chinchilla-replicated"].optimum(5.76e23)
     assert 15 < tokens / params < 30
     assert laws.PUBLISHED["chinchilla"].loss(70e9, 1.4e12) == pytest.approx(1.94, abs=0.01)
+
+
+@pytest.mark.long
+def test_the_largest_of_five_runs_is_what_the_others_forecast(tmp_path):
+    """Four tiny models on Python source tell the loss of a fifth, of three times their compute."""
+    files = sorted(str(path) for path in Path(json.__file__).parent.parent.glob("[a-d]*.py"))
+    build_store(files, str(tmp_path / "store"), heldout=0.1, workers=1)
+    for width, steps in ((16, 120), (24, 200), (32, 300), (48, 500), (64, 800)):
+        tree = {
+            "run": {"name": f"{width}", "root": str(tmp_path)},
+            "model": {"vocab_size": 257, "num_layers": 2, "d_model": width, "d_ff": 3 * width, "num_heads": 2},
+            "mesh": {"fake_devices": 1},
+            "data": {"stores": [{"path": str(tmp_path / "store")}]},
+            "train": {"steps": steps, "batch_size": 16, "seq_len": 64, "remat": "none", "compilation_cache": None},
+            "optim": {"learning_rate": 1e-2, "schedule": {"name": "wsd", "warmup_steps": 10, "cooldown_steps": 40}},
+            "eval": {"every": 1000, "batches": 8, "sample_tokens": 0},
+            "checkpoint": {"every": 1000},
+        }
+        tree["model"] |= {"dtype": "float32", "tie_embeddings": True, "qk_norm": True}
+        train(parse_config(tree))
+    *small, largest = [str(tmp_path / f"{width}") for width in (16, 24, 32, 48, 64)]
+    truth = scaling.read_points([*small, largest]).points[-1]
+    forecast = scaling_report(small, truth.flops)["forecast"]["by_compute"]
+    low, high = forecast["interval"]
+    print(f"largest run {truth.loss:.4f}, forecast {forecast['loss']:.4f} ({low:.4f} to {high:.4f})")
+    assert low <= truth.loss <= high
+    assert forecast["loss"] == pytest.approx(truth.loss, rel=0.1)

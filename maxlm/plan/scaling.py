@@ -115,7 +115,7 @@ def scaling_report(
     points = found.points
     by_compute, by_size = fit_compute(points), fit_size(points, found.unit)
     per_token_param = flops_per_token_param(points)
-    notes = [*found.notes]
+    notes = [*found.notes, *_no_end(points, by_compute, by_size)]
     forecast = None
     if budget_flops is not None:
         forecast = _forecast(points, by_compute, by_size, budget_flops, per_token_param)
@@ -199,7 +199,7 @@ def num_distinct(values: Sequence[float]) -> int:
 
 def _check(run: Run, known: dict[str, Any]) -> None:
     name, train = known["name"], run.config.get("train")
-    if not known.get("step") or not tokens_per_step(run) or "active" not in known["params_by_part"]:
+    if not known.get("step") or not tokens_per_step(run) or "active" not in known.get("params_by_part", {}):
         raise ValueError(f"{run.path} has no finished step, or no config.yaml that can be read; leave it out")
     losses = [row["heldout_loss"] for row in run.metrics.heldout[-1:]] + [known.get("train_loss", 0.0)]
     if "not_finite_since" in known or not all(map(math.isfinite, losses)):
@@ -254,7 +254,7 @@ def _point(run: Run, known: dict[str, Any], unit: str, source: str) -> Point:
     else:
         step, loss = known["step"], known["train_loss"]
     tokens = int(step) * (tokens_per_step(run) or 0)
-    if tokens <= 0 or loss <= 0:
+    if not (tokens > 0 and 0 < loss < math.inf):
         raise ValueError(f"{known['name']} has a loss of {loss} after {tokens} tokens; leave it out")
     params = known["params_by_part"]["active"]
     return Point(known["name"], params, tokens, known["flops_per_token"] * tokens, loss)
@@ -269,6 +269,13 @@ def _constants(fitted: Fit | str, names: Sequence[str], num_runs: int) -> dict[s
         for name, value, column in zip(names, fitted.constants, columns, strict=True)
     }
     return {"constants": values, "rms": fitted.rms, "num_runs": num_runs}
+
+
+def _no_end(points: Sequence[Point], *fits: Fit | str) -> list[str]:
+    lowest = min(p.loss for p in points)
+    if any(isinstance(fitted, Fit) and fitted.constants[0] < 0.01 * lowest for fitted in fits):
+        return ["E is as good as 0: the runs do not show where the loss levels off, so far forecasts are too low"]
+    return []
 
 
 def _forecast(
