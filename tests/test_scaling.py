@@ -178,6 +178,7 @@ def test_the_command(tmp_path, capsys):
     for wrong in (["--budget-usd", "8"], ["--mfu", "0.4"], ["--budget-flops", "-1"], ["--law", "chinchilla"]):
         assert main(["scaling", *runs, *wrong]) == 2
     assert main(["scaling"]) == 2
+    assert main(["scaling", "--law", "moore"]) == 2
     with pytest.raises(ValueError, match="catalog"):
         flops_for_usd(1, "abacus", 0.4, 1)
 
@@ -199,9 +200,10 @@ def test_the_largest_of_five_runs_is_what_the_others_forecast(tmp_path):
     files = sorted(str(path) for path in Path(json.__file__).parent.parent.glob("[a-d]*.py"))
     build_store(files, str(tmp_path / "store"), heldout=0.1, workers=1)
     for width, steps in ((16, 120), (24, 200), (32, 300), (48, 500), (64, 800)):
+        shape = {"num_layers": 2, "d_model": width, "d_ff": 3 * width, "num_heads": 2}
         tree = {
             "run": {"name": f"{width}", "root": str(tmp_path)},
-            "model": {"vocab_size": 257, "num_layers": 2, "d_model": width, "d_ff": 3 * width, "num_heads": 2},
+            "model": {"vocab_size": 257, **shape, "dtype": "float32", "tie_embeddings": True, "qk_norm": True},
             "mesh": {"fake_devices": 1},
             "data": {"stores": [{"path": str(tmp_path / "store")}]},
             "train": {"steps": steps, "batch_size": 16, "seq_len": 64, "remat": "none", "compilation_cache": None},
@@ -209,7 +211,6 @@ def test_the_largest_of_five_runs_is_what_the_others_forecast(tmp_path):
             "eval": {"every": 1000, "batches": 8, "sample_tokens": 0},
             "checkpoint": {"every": 1000},
         }
-        tree["model"] |= {"dtype": "float32", "tie_embeddings": True, "qk_norm": True}
         train(parse_config(tree))
     *small, largest = [str(tmp_path / f"{width}") for width in (16, 24, 32, 48, 64)]
     truth = scaling.read_points([*small, largest]).points[-1]

@@ -170,7 +170,7 @@ def fit(x_nK: np.ndarray, loss_n: np.ndarray, seed: int = 0) -> Fit:
     if free < 1:
         return Fit(constants, None, None, rms)
     rng = np.random.default_rng(seed)
-    noise = np.sqrt(squares / rng.chisquare(free, NUM_DRAWS))
+    noise = np.minimum(np.sqrt(squares / rng.chisquare(free, NUM_DRAWS)), 10)  # a factor of e^10 is as good as any
     drawn = fitted_n + noise[:, None] * rng.standard_normal((NUM_DRAWS, n))
     starts = np.concatenate([best[None], _starts(k, log_loss_n, FEW_EXPONENTS)])
     return Fit(constants, _in_units(_best(logs_nK, drawn, starts), middle_K), noise, rms)

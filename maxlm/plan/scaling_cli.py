@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", metavar="RUN", nargs="*", help="run folder or bucket; three or more")
-    parser.add_argument("--law", choices=("chinchilla", "chinchilla-replicated"), help="a published law, without runs")
+    parser.add_argument("--law", metavar="NAME", help="instead of runs: chinchilla or chinchilla-replicated")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget-flops", type=float, metavar="X", help="training FLOPs to spend, such as 1e21")
     budget.add_argument("--budget-usd", type=float, metavar="USD", help="or money; needs the next three")
