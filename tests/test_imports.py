@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "model": {"config", "sharding"},
     "data": {"chat", "commands", "config", "config_file", "places", "sharding", "storage"},
     "hardware": {"config", "config_file"},
-    "launch": {"config", "config_file", "hardware", "mesh", "places", "storage", "units"},
+    "launch": {"config", "config_file", "machines", "mesh", "places", "plan", "storage", "units"},
+    "machines": {"config_file"},
     "convert": {
         *(
             "checkpoint",

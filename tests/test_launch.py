@@ -21,7 +21,8 @@ from helpers import MODEL
 from maxlm.cli import main
 from maxlm.config_file import ConfigError, parse_config, to_yaml
 from maxlm.launch import code
-from maxlm.launch.machines import machine, price_per_hour
+from maxlm.launch.job import Job, Options, price_text
+from maxlm.machines import machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def rendered(folder, capsys, *arguments, **sections):
     """What a dry run prints, without its comments and the price."""
     assert main(["launch", config(folder, **sections), *arguments, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    return re.sub(r"^(#(?!!|SBATCH) |.*: price unknown|.* USD per hour).*\n", "", out, flags=re.MULTILINE)
+    return re.sub(r"^(#(?!!|SBATCH) |.*price unknown|.* USD per hour).*\n", "", out, flags=re.MULTILINE)
 
 
 # ---- machines
@@ -108,9 +109,18 @@ def test_unknown_machines_are_answered_with_the_nearest(name, near):
     assert near in str(caught.value)
 
 
-def test_an_unknown_price_is_unknown_and_the_users_counts():
-    assert price_per_hour(machine("cpu:2")) is None
-    assert price_per_hour(machine("v5p-128"), 4.2) == pytest.approx(64 * 4.2)
+@pytest.mark.parametrize(
+    ("on", "options", "text"),
+    [
+        ("v5p-128", {}, "64 chips: 268.80 USD per hour, 6,451 USD per day (on-demand, "),
+        ("v5p-128", {"price": 1.5}, "64 chips: 96.00 USD per hour, 2,304 USD per day (--price)"),
+        ("v5p-128", {"spot": True}, "64 chips: spot price unknown (say it with --price USD_PER_CHIP_HOUR)"),
+        ("cpu:2", {}, "2 hosts: on-demand price unknown"),
+    ],
+)
+def test_a_price_has_its_source_and_an_unknown_one_is_unknown(on, options, text):
+    job = Job("a", "slurm", on, "run.yaml", (), "gs://bucket/a", 1, Options(**options))
+    assert text in price_text(job)
 
 
 # ---- local processes

@@ -8,7 +8,7 @@ from typing import Any
 from maxlm.config_file import ConfigError
 from maxlm.launch import text, tools
 from maxlm.launch.job import ASKED_WRONGLY, Job, LaunchError, until_done
-from maxlm.launch.machines import GPUS
+from maxlm.machines import GPUS
 
 PORT = 8476
 MAX_RESTARTS = 1000

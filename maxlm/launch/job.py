@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from maxlm import mesh, places, storage
 from maxlm.config import Config
 from maxlm.config_file import ConfigError, load_config
-from maxlm.launch.machines import Machine, machine, price_per_hour
+from maxlm.machines import Machine, machine
+from maxlm.plan.prices import find_price
 
 TARGETS = ("tpu-vm", "queued-resource", "gke", "slurm", "skypilot", "local")
 EXTRAS = {"tpu": "tpu,buckets", "gpu": "cuda,buckets", "cpu": "buckets"}
@@ -178,12 +179,15 @@ def price_text(job: Job) -> str:
     wanted, count = job.machine, job.num_slices
     what = f"{count} x {wanted.name}" if count > 1 else wanted.name
     parts = f"{what}, {wanted.num_chips * count} {'hosts' if wanted.kind == 'cpu' else 'chips'}"
-    price = price_per_hour(wanted, job.options.price)
+    price, source = job.options.price, "--price"
     if price is None:
-        return f"{parts}: price unknown (say it with --price USD_PER_CHIP_HOUR)"
-    total = price * count
-    less = "; spot capacity costs less" if job.options.spot and job.options.price is None else ""
-    return f"{parts}: {total:,.2f} USD per hour, {24 * total:,.0f} USD per day{less}"
+        kind = "spot" if job.options.spot else "on-demand"
+        listed = find_price(wanted.chip, kind) if wanted.chip else None
+        if listed is None:
+            return f"{parts}: {kind} price unknown (say it with --price USD_PER_CHIP_HOUR)"
+        price, source = listed.usd_per_chip_hour, f"{listed.kind}, {listed.date}, {listed.source}"
+    total = price * wanted.num_chips * count
+    return f"{parts}: {total:,.2f} USD per hour, {24 * total:,.0f} USD per day ({source})"
 
 
 def until_done(command: str) -> list[str]:

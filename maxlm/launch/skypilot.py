@@ -5,7 +5,7 @@ from typing import Any
 
 from maxlm.launch import code, record, text, tools
 from maxlm.launch.job import EXTRAS, STOPPED, Job, until_done
-from maxlm.launch.machines import GPUS
+from maxlm.machines import GPUS
 
 PORT = 8476
 

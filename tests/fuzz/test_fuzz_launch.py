@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from maxlm.config_file import ConfigError
 from maxlm.launch import record
 from maxlm.launch.job import Job, Options
-from maxlm.launch.machines import machine
+from maxlm.machines import machine
 
 TREE = {"job": Job("r", "tpu-vm", "v5p-8", "/c.yaml", (), "gs://b/r", 1, Options(), None, "0").to_json(), "zone": "z"}
 PARTS = ["v5p", "v6e", "h100", "cpu", ":", "-", "x", "4", "16"]

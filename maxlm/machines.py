@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import dataclass
 
-from maxlm import hardware
 from maxlm.config_file import ConfigError
 
 MAX_CHARS = 40
@@ -133,22 +132,6 @@ def machine(name: str) -> Machine:
 def name_of(tpu: Tpu, shape: str) -> str:
     """Cloud's accelerator type of a slice, such as v5p-128 for 4x4x4."""
     return f"{tpu.prefix}-{_size(shape) * tpu.cores}"
-
-
-def price_per_hour(machine: Machine, usd_per_chip_hour: float | None = None) -> float | None:
-    """What a machine costs, in USD per hour.
-
-    Args:
-        machine: one slice, or all GPUs of a job.
-        usd_per_chip_hour: the user's own price; default: the catalog's.
-
-    Returns:
-        The price; None where nobody knows it.
-    """
-    if usd_per_chip_hour is None:
-        chip = next((chip for chip in hardware.CHIPS if chip.name == machine.chip), None)
-        usd_per_chip_hour = getattr(chip, "usd_per_hour", None)  # the catalog may have no prices
-    return None if usd_per_chip_hour is None else usd_per_chip_hour * machine.num_chips
 
 
 def _slice(tpu: Tpu, shape: str) -> Machine:
