@@ -1,5 +1,6 @@
 """Several processes on this machine, as the hosts of a pod would be: for tests."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -80,5 +81,6 @@ def _wait(child: "subprocess.Popen[str]") -> int:
 
 def _pump(index: int, lines: IO[str]) -> None:
     for line in lines:
-        sys.stdout.write(f"[{index}] {line}")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody reads any longer; the run must not wait for that
+            sys.stdout.write(f"[{index}] {line}")
+            sys.stdout.flush()
