@@ -29,13 +29,14 @@ AROUND = {"while", "conditional", "call"}
 """Operations whose time is that of others."""
 
 
-def bench_compiled(config: Config, topology: str, top: int) -> dict[str, Any]:
+def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None = None) -> dict[str, Any]:
     """Figures of the step as the TPU compiler makes it, for a slice that need not be there.
 
     Args:
         config: the run; its mesh must fit the slice.
         topology: TPU slice such as v5e:4x4, as jax names it.
         top: costliest places of the model to name.
+        hlo_file: where the text of the compiled program goes.
 
     Returns:
         JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles) and places.
@@ -45,11 +46,13 @@ def bench_compiled(config: Config, topology: str, top: int) -> dict[str, Any]:
     """
     devices = topology_devices(topology, config.mesh.slices)
     program, compiled, result = _compiled(config, devices)
-    tokens = config.train.tokens_per_step / program.mesh.size
+    tokens, text = config.train.tokens_per_step / program.mesh.size, compiled.as_text()
+    if hlo_file is not None:
+        Path(hlo_file).write_text(text)
     if result["step_time_s"]:
         result["tokens_per_s_per_device"] = tokens / result["step_time_s"]
         result["mfu"] = result["share_of_roofline"]
-    priced = [(op.source, float(op.cycles * op.times)) for op in hlo.operations(compiled.as_text()) if op.cycles]
+    priced = [(op.source, float(op.cycles * op.times)) for op in hlo.operations(text) if op.cycles]
     if result["kernel_cycles"]:
         priced.append(("kernels", result["kernel_cycles"]))
     return {"topology": topology, **result, "places": top_operations(priced, top)}

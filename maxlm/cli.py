@@ -118,10 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     from maxlm.evaluate import cli as evaluate_cli
     from maxlm.infer import cli as infer_cli
     from maxlm.launch import cli as launch_cli
+    from maxlm.plan import cli as plan_cli
     from maxlm.plan import failures_cli, scaling_cli
 
     parts = (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise)
-    for part in (*parts, scaling_cli, failures_cli, launch_cli):
+    for part in (*parts, plan_cli, scaling_cli, failures_cli, launch_cli):
         part.add_parser(commands)
     return parser
 

@@ -75,6 +75,23 @@ class Chip:
         peak = self.peak(dtype)
         return peak and peak / self.bf16_flops
 
+    def part(self, share: float) -> "Chip":
+        """Figures of a part of the chip, such as half of it, which one JAX device may be."""
+        if share == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            share=share,
+            bf16_flops=self.bf16_flops * share,
+            int8_ops=_scaled(self.int8_ops, share),
+            fp8_flops=_scaled(self.fp8_flops, share),
+            hbm_bytes=int(self.hbm_bytes * share),
+            hbm_bytes_per_s=self.hbm_bytes_per_s * share,
+            interconnect_bytes_per_s=self.interconnect_bytes_per_s * share,
+            watts=_scaled(self.watts, share),
+            flops_per_cycle=self.flops_per_cycle and int(self.flops_per_cycle * share),
+        )
+
 
 CHIPS: tuple[Chip, ...] = (
     Chip(
@@ -250,20 +267,7 @@ def detect(device: Any) -> Chip | None:
     """
     chip = find(device.device_kind)
     share = getattr(device, "num_cores", chip.cores) / chip.cores if chip is not None else 1.0
-    if chip is None or share == 1:
-        return chip
-    return dataclasses.replace(
-        chip,
-        share=share,
-        bf16_flops=chip.bf16_flops * share,
-        int8_ops=_scaled(chip.int8_ops, share),
-        fp8_flops=_scaled(chip.fp8_flops, share),
-        hbm_bytes=int(chip.hbm_bytes * share),
-        hbm_bytes_per_s=chip.hbm_bytes_per_s * share,
-        interconnect_bytes_per_s=chip.interconnect_bytes_per_s * share,
-        watts=_scaled(chip.watts, share),
-        flops_per_cycle=chip.flops_per_cycle and int(chip.flops_per_cycle * share),
-    )
+    return chip and chip.part(share)
 
 
 def _scaled(x: float | None, factor: float) -> float | None:

@@ -1,0 +1,139 @@
+"""`maxlm plan` and `maxlm compile`: what a run will take, before it is paid for."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from maxlm import units
+from maxlm.commands import add_command
+from maxlm.config_file import ConfigError, load_config, to_yaml
+
+PLAN_EXAMPLES = """examples:
+  maxlm plan configs/llama3_8b.yaml --on v6e-256 --on v5p-128 --tokens 1T
+  maxlm plan configs/1b.yaml --on v5e-16 --compile 0            by formulas alone, in seconds
+  maxlm plan configs/llama3_70b.yaml --on 4xv5p-512 --deadline 30d --budget 5e6 --prices mine.csv
+  maxlm plan configs/1b.yaml --on v5e-16 --write planned.yaml   then: maxlm train planned.yaml
+
+The mesh, the microbatches and the remat policy are searched; model, batch and optimizer stay as the config says. The
+best are compiled by the real TPU compiler (pip install 'maxlm[plan]'), which runs on this machine's CPU: a minute or
+more each. GPUs are planned by formulas alone. Ranges: what the figures say, and 1.5 times as long, as published runs
+took. Names: v5p-128 (64 chips: cores are counted), v6e-256, v5p:4x4x4, h100:8; 4xv5p-512 is four slices."""
+COMPILE_EXAMPLES = """examples:
+  maxlm compile configs/1b.yaml --on v5e-16
+  maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `plan` and `compile`; each sets `run`."""
+    plan = add_command(
+        subparsers, "plan", _plan, "which mesh, how long, and what it costs, before it is paid", PLAN_EXAMPLES
+    )
+    compiled = add_command(
+        subparsers, "compile", _compile, "compile the step for a TPU slice that is not there", COMPILE_EXAMPLES
+    )
+    for command in (plan, compiled):
+        command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/1b.yaml")
+        command.add_argument("overrides", metavar="section.field=value", nargs="*", help="settings that replace its")
+        command.add_argument("--json", action="store_true", help="print JSON, in base units")
+    add = plan.add_argument
+    add("--on", action="append", required=True, metavar="MACHINE", help="a machine; give it again to compare several")
+    add("--tokens", metavar="N", help="length of the run, such as 1T (that of the config)")
+    add("--deadline", metavar="TIME", help="leave out what takes longer, such as 10d")
+    add("--budget", metavar="USD", help="leave out what costs more")
+    add("--top", type=int, default=3, metavar="N", help="plans to show for each machine (3)")
+    add("--compile", type=int, default=2, metavar="N", help="plans to compile for each TPU machine (2); 0 for none")
+    add("--write", metavar="FILE", help="write the config of the first plan")
+    add("--prices", metavar="FILE", help="CSV file of your prices (columns: chip, provider, region, kind, ...)")
+    add("--price-kind", default="on-demand", metavar="KIND", help="on-demand, spot, reserved or flex-start (on-demand)")
+    add("--provider", metavar="NAME", help="who sells the chips (the cheapest)")
+    add("--goodput", type=float, default=1.0, metavar="SHARE", help="of the time, see `maxlm goodput` (1)")
+    add("--pue", type=float, default=1.0, metavar="X", help="power of the building per power of the chips (1)")
+    add("--grid-gco2-per-kwh", type=float, metavar="G", help="emissions of the grid (unknown)")
+    compiled.add_argument("--on", required=True, metavar="MACHINE", help="v5e-16, or as jax names it: v5e:4x4")
+    compiled.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
+    compiled.add_argument("--top", type=int, default=10, metavar="N", help="costliest places of the model to name (10)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    if args.top < 1 or args.compile < 0:
+        raise ConfigError("--top is a count from 1, and --compile one from 0")
+    if not 0 < args.goodput <= 1 or args.pue < 1 or (args.grid_gco2_per_kwh or 0) < 0:
+        raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
+    deadline_s = None if args.deadline is None else _read(units.seconds, "--deadline", args.deadline)
+    budget = None if args.budget is None else _read(units.number, "--budget", args.budget)
+    overrides = list(args.overrides)
+    if args.tokens is not None:
+        tokens = int(_read(units.number, "--tokens", args.tokens))
+        overrides += ["train.steps=null", f"train.tokens={tokens}"]
+    if args.write and os.path.exists(args.write):
+        raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
+    config = load_config(args.config, overrides)
+    _on_cpu()
+    from maxlm.plan import planner, prices, table
+    from maxlm.plan.money import Terms
+
+    extra = prices.read_prices(args.prices) if args.prices else []
+    if args.price_kind not in prices.KINDS:
+        raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    targets = [planner.target(name) for name in dict.fromkeys(args.on)]
+    if args.compile and not planner.has_compiler():
+        say("the TPU compiler is not here (pip install 'maxlm[plan]'): all rows are by formulas alone")
+    rows, notes = [], dict[str, None]()
+    for where in targets:
+        price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
+        notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
+        if price is not None and (old := prices.stale(price, datetime.date.today())):
+            notes[old] = None
+        terms = Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)
+        rows += planner.plan_rows(config, where, terms, args.top, args.compile, say)
+    rows = planner.nearest(rows, deadline_s, budget)
+    rows.sort(key=lambda row: (row.low["usd"] is None, row.low["usd"] or row.low["days"]))
+    seconds = time.monotonic() - started
+    if args.json:
+        print(json.dumps({"seconds": seconds, "notes": list(notes), "plans": [row.as_json() for row in rows]}))
+    else:
+        print("\n".join([table.show(rows), *notes]))
+        command = f"maxlm train {args.config} {' '.join([*overrides, *rows[0].plan.overrides])}"
+        print(f"planned in {units.duration(seconds)}; to run the first:\n  {command}")
+    if args.write:
+        with open(args.write, "x", encoding="utf-8") as file:
+            file.write(to_yaml(rows[0].plan.config))
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    _on_cpu()
+    from maxlm import bench
+    from maxlm.plan.planner import target
+
+    where = args.on
+    if ":" not in where:
+        topology = target(where).topology
+        if topology is None:
+            raise ConfigError(f"--on {where}: there is a compiler for TPUs alone")
+        where = topology
+    result = bench.bench_compiled(config, where, args.top, args.hlo)
+    print(json.dumps(result) if args.json else bench.show(result))
+    if not bench.fits(result):
+        raise RuntimeError("the step does not fit into the memory of the device")
+    return 0
+
+
+def _read(parse: Any, option: str, text: str) -> float:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def _on_cpu() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and accelerators may be busy

@@ -1,0 +1,107 @@
+"""Plans as rows: for people a table, for programs JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm import units
+from maxlm.plan.compile import Compiled
+from maxlm.plan.search import Plan
+
+SLOWER = 1.5
+"""How much longer steps take than predicted, at most: predictions know no jitter, stalls or input waits. Published runs
+took 1.2 to 1.5 times as long (docs/plan.md)."""
+ENERGY = {"kwh": "kWh", "co2e_kg": "kg CO2e"}
+"""Columns that are shown where they are known, by their figures in money.totals."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan on a machine, with what it comes to.
+
+    Attributes:
+        machine: its name, with the number of slices where there are several.
+        num_chips: that are paid for.
+        plan: the way to run the config.
+        compiled: what the compiler says of it; None where it was not asked.
+        hbm_bytes: of a device.
+        step_s: seconds of a step, at best.
+        low: figures of the whole run (money.totals) with steps of step_s.
+        high: the same with steps of step_s * SLOWER.
+    """
+
+    machine: str
+    num_chips: int
+    plan: Plan
+    compiled: Compiled | None
+    hbm_bytes: int
+    step_s: float
+    low: Mapping[str, float | None]
+    high: Mapping[str, float | None]
+
+    @property
+    def basis(self) -> str:
+        """What the row rests on."""
+        return "formulas" if self.compiled is None or self.compiled.figures is None else "compiler"
+
+    @property
+    def peak_bytes(self) -> float:
+        """On a device."""
+        known = self.compiled.peak_bytes if self.compiled is not None else None
+        return self.plan.memory.peak if known is None else known
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in base units."""
+        memory, time = self.plan.memory, self.plan.time
+        return {
+            "machine": self.machine,
+            "num_chips": self.num_chips,
+            "basis": self.basis,
+            "mesh": {axis: size for axis, size in self.plan.sizes.items() if size != 1},
+            "overrides": list(self.plan.overrides),
+            "hbm_bytes": self.hbm_bytes,
+            "peak_bytes": self.peak_bytes,
+            "memory_bytes": memory.parts(),
+            "step_time_s": {"low": self.step_s, "high": self.step_s * SLOWER},
+            "step_parts_s": {
+                "products": time.products,
+                "attention": time.attention,
+                "memory": time.memory,
+                "bubble": time.bubble,
+                **{f"wires over {axis}": seconds for axis, seconds in time.wires.items()},
+            },
+            "networks_known": time.known,
+            "compile_s": None if self.compiled is None else self.compiled.seconds,
+            "compiled": None if self.compiled is None else self.compiled.figures,
+            "low": dict(self.low),
+            "high": dict(self.high),
+        }
+
+
+def show(rows: Sequence[Row]) -> str:
+    """Rows as a table, and below it what each of them sets."""
+    extra = [name for name in ENERGY if any(row.low[name] is not None for row in rows)]
+    cells = [["", "machine", "HBM, GiB", "step, s", "MFU, %", "days", "USD", *(ENERGY[name] for name in extra), "by"]]
+    for i, row in enumerate(rows, 1):
+        cells.append(
+            [
+                str(i),
+                row.machine,
+                f"{row.peak_bytes / 2**30:.1f}/{row.hbm_bytes / 2**30:.0f}",
+                ("" if row.plan.time.known else ">") + _between(row.step_s, row.step_s * SLOWER),
+                _between(row.high["mfu"], row.low["mfu"], 100),
+                *(_between(row.low[name], row.high[name]) for name in ("days", "usd", *extra)),
+                row.basis,
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([*lines, *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
+
+
+def _between(low: float | None, high: float | None, factor: float = 1) -> str:
+    return "?" if low is None or high is None else f"{_short(low * factor)}-{_short(high * factor)}"
+
+
+def _short(x: float) -> str:
+    return units.count(x) if x >= 1000 else f"{x:.0f}" if x >= 100 else f"{x:.3g}"

@@ -1,0 +1,237 @@
+"""maxlm plan: what it finds fits, what it says is what the formulas and the compiler say, bad input is one sentence."""
+
+import json
+import math
+
+import pytest
+
+from maxlm import hardware
+from maxlm.cli import main
+from maxlm.config_file import ConfigError, load_config, parse_config
+from maxlm.mesh import axis_sizes, check_fit, make_mesh
+from maxlm.parameters import parameters
+from maxlm.plan.compile import Compiled
+from maxlm.plan.memory import Share, predict_memory
+from maxlm.plan.planner import target
+from maxlm.plan.search import Place, search
+from maxlm.plan.step_time import axis_bytes_per_s, predict_step_time
+from maxlm.step import build_program
+
+MODEL = {"vocab_size": 256, "num_layers": 4, "d_model": 64, "d_ff": 128, "num_heads": 4, "num_kv_heads": 2}
+
+
+def small(*overrides, **model):
+    tree = {
+        "model": {**MODEL, **model},
+        "data": {"stores": [{"path": "none"}]},
+        "train": {"steps": 10, "batch_size": 32, "seq_len": 128},
+    }
+    return parse_config(tree, list(overrides))
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model"),
+    [
+        (["mesh.fsdp=8"], {}),
+        (["mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"], {"tie_embeddings": True}),
+        (["mesh.fsdp=2", "mesh.stage=4", "train.grad_accum=8"], {}),
+        (["mesh.fsdp=4", "mesh.stage=2", "mesh.rounds=2", "train.grad_accum=4"], {"num_layers": 6}),
+        (["mesh.fsdp=2", "mesh.expert=4"], {"num_experts": 8, "experts_per_token": 2, "num_dense_layers": 1}),
+        (["mesh.fsdp=4", "mesh.context=2", "optim.state_dtype=bfloat16"], {}),
+        (["mesh.fsdp=2", "mesh.data=4", "optim.state_over_data=true", "optim.ema=0.99"], {}),
+        (["mesh.fsdp=8", "optim.name=lion"], {"qk_norm": True, "attention_bias": "all"}),
+    ],
+    ids=str,
+)
+def test_weights_and_optimizer_are_what_a_device_holds_of_the_state(overrides, model):
+    config = small(*overrides, **model)
+    import jax
+
+    devices = jax.devices()[:8]
+    program = build_program(config, make_mesh(config.mesh, devices))
+    leaves = jax.tree_util.tree_leaves_with_path(program.state_shapes)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for _, x in leaves if x.ndim)
+    memory = predict_memory(config, axis_sizes(config.mesh, 8))
+    assert memory.weights + memory.optimizer == pytest.approx(held, rel=0.002)
+
+
+def test_what_layers_keep_grows_with_what_is_not_computed_again():
+    peaks = [
+        predict_memory(
+            small("mesh.fsdp=1", f"train.remat={remat}"), axis_sizes(small("mesh.fsdp=1").mesh, 1)
+        ).activations
+        for remat in ("offload", "full", "attention", "dots", "minimal", "none")
+    ]
+    assert peaks == sorted(peaks) and len(set(peaks)) == len(peaks)
+
+
+def test_a_share_of_layers_and_tokens():
+    config = small("mesh.fsdp=2", "mesh.stage=2", "mesh.rounds=2", "train.grad_accum=4", num_layers=6)
+    share = Share(config, axis_sizes(config.mesh, 4))
+    assert share.tokens == 32 // 4 * 128 // 2
+    assert share.layers == 4, "6 layers in 4 shares of 2, two of which this stage has"
+
+
+# ---- time
+
+
+def test_a_ring_is_twice_a_line_and_other_networks_are_unknown():
+    v5e, v5p, h100 = (hardware.named(name) for name in ("TPU v5e", "TPU v5p", "H100"))
+    sizes = {"slice": 1, "data": 1, "stage": 1, "fsdp": 16, "expert": 1, "context": 1, "tensor": 1}
+    assert axis_bytes_per_s(v5e, (4, 4), sizes, "fsdp") == 45e9
+    assert axis_bytes_per_s(v5e, (16, 16), {**sizes, "fsdp": 256}, "fsdp") == 90e9
+    assert axis_bytes_per_s(v5p, (4, 4, 4), {**sizes, "fsdp": 64}, "fsdp") == 200e9
+    assert axis_bytes_per_s(v5p, (4, 4, 4), {**sizes, "slice": 2}, "slice") is None
+    assert axis_bytes_per_s(h100, (16,), {**sizes, "fsdp": 8}, "fsdp") == 450e9
+    assert axis_bytes_per_s(h100, (16,), sizes, "fsdp") is None, "between nodes"
+
+
+def test_time_of_a_step_goes_with_the_work():
+    chip, one = hardware.named("TPU v5e"), {}
+    config = load_config("configs/1b.yaml", ["train.batch_size=32", "train.grad_accum=1", "mesh.fsdp=16"])
+    for name, overrides in {
+        "plain": [],
+        "batch": ["train.batch_size=64"],
+        "none": ["train.remat=none"],
+        "stages": ["mesh.fsdp=4", "mesh.stage=4", "train.grad_accum=8"],
+    }.items():
+        changed = parse_config(config.model_dump(mode="json"), overrides)
+        one[name] = predict_step_time(changed, axis_sizes(changed.mesh, 16), chip, (4, 4))
+    assert one["batch"].products == pytest.approx(2 * one["plain"].products)
+    assert one["none"].products == pytest.approx(one["plain"].products * 6 / (8 - 1 / 3), rel=0.12)
+    assert one["plain"].bubble == 0 and one["stages"].bubble == pytest.approx(3 / 8 * one["stages"].products, rel=0.5)
+
+
+# ---- the search
+
+
+@pytest.mark.parametrize("machine", ["v5e-16", "v5p-16", "h100:8"])
+def test_what_is_found_fits_and_divides(machine):
+    where = target(machine)
+    config = load_config("configs/1b.yaml", [])
+    plans = search(config, where.place)
+    assert plans == sorted(plans, key=lambda plan: plan.time.total) and len(plans) > 20
+    for plan in plans:
+        assert math.prod(plan.sizes.values()) == where.place.num_devices
+        assert plan.memory.peak <= where.place.chip.hbm_bytes
+        again = load_config("configs/1b.yaml", plan.overrides)
+        check_fit(again, axis_sizes(again.mesh, where.place.num_devices))
+        assert again == plan.config, "the line that is printed is the plan"
+    assert {plan.config.train.batch_size for plan in plans} == {config.train.batch_size}
+
+
+def test_a_step_of_the_fastest_plan_is_no_slower_than_of_any_mesh_by_hand():
+    place = Place(hardware.named("TPU v5e"), (4, 4))
+    best = search(load_config("configs/1b.yaml", []), place)[0]
+    for mesh in (["mesh.fsdp=16"], ["mesh.fsdp=4", "mesh.tensor=4"], ["mesh.fsdp=4", "mesh.data=4"]):
+        config = load_config("configs/1b.yaml", mesh)
+        assert best.time.total <= predict_step_time(config, axis_sizes(config.mesh, 16), place.chip, (4, 4)).total
+
+
+def test_a_model_that_no_mesh_divides_is_refused():
+    config = small("train.batch_size=3", d_model=63, num_heads=3, num_kv_heads=3)
+    with pytest.raises(ConfigError, match="no mesh of 16 devices divides this model and batch: "):
+        search(config, target("v5e-16").place)
+
+
+# ---- the command
+
+
+def plan(capsys, *arguments):
+    code = main(["plan", "configs/1b.yaml", "--compile", "0", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_table_prices_each_machine_and_says_how_to_run_the_first(capsys, tmp_path):
+    written = tmp_path / "planned.yaml"
+    code, out, _ = plan(capsys, "--on", "v5e-16", "--on", "h100:8", "--tokens", "10B", "--write", str(written))
+    assert code == 0 and "v5litepod-16" in out and "h100:8" in out and "formulas" in out
+    assert "$1.20 per chip-hour" in out and "to run the first:\n  maxlm train configs/1b.yaml train." in out
+    config = load_config(written)
+    assert config.train.tokens == 10_000_000_000
+    assert plan(capsys, "--on", "v5e-16", "--write", str(written))[0] == 2, "nothing is overwritten"
+
+
+def test_json_is_what_the_table_says(capsys):
+    code, out, _ = plan(capsys, "--on", "v5e-16", "--json", "--goodput", "0.5", "--top", "2")
+    found = json.loads(out)["plans"]
+    assert code == 0 and len(found) == 2
+    first = found[0]
+    hours = first["low"]["days"] * 24
+    assert first["low"]["usd"] == pytest.approx(16 * hours * 1.20)
+    steps = load_config("configs/1b.yaml", []).train.num_steps
+    assert hours * 3600 == pytest.approx(steps * first["step_time_s"]["low"] / 0.5)
+    assert first["low"]["kwh"] is None, "nobody has published what a v5e draws"
+    assert sum(first["memory_bytes"].values()) == pytest.approx(first["peak_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--on", "v5q-16"], "there is no such machine; the nearest names are"),
+        (["--on", "cpu:2"], "there are no figures of its chips"),
+        (["--on", "v5e-1"], "the model does not fit: the leanest plan"),
+        (["--on", "v5e-16", "--deadline", "1h"], "no plan keeps the deadline; the fastest takes"),
+        (["--on", "v5e-16", "--budget", "10"], "no plan keeps the budget; the cheapest costs"),
+        (["--on", "v5e-16", "--deadline", "soon"], "--deadline: 'soon' is no time with a unit"),
+        (["--on", "v5e-16", "--tokens", "0"], "--tokens: '0' is no number above 0"),
+        (["--on", "v5e-16", "--goodput", "0"], "--goodput is a share"),
+        (["--on", "v5e-16", "--price-kind", "cheap"], "--price-kind=cheap is none of"),
+        (["--on", "v5e-16", "--prices", "nowhere.csv"], "nowhere.csv does not exist"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_sentence(arguments, sentence, capsys):
+    code, out, err = plan(capsys, *arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == "" and last.startswith("error: ") and sentence in last
+
+
+def test_a_model_that_does_not_fit_is_told_what_would_do(capsys):
+    _, _, err = plan(capsys, "--on", "v5e-1")
+    assert "v5litepod-4 would do, 4 chips" in err or "v5litepod-8 would do, 8 chips" in err
+
+
+def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, monkeypatch):
+    told = iter([Compiled(None, "it does not fit", 1.0), None])
+
+    def compile_on(config, topology):
+        assert topology == "v5e:4x4"
+        answer = next(told)
+        figures = {"arguments_bytes": 2**30, "heap_bytes": 2**30, "step_time_s": 123.0}
+        return answer or Compiled(figures, None, 2.0)
+
+    monkeypatch.setattr("maxlm.plan.planner.compile_on", compile_on)
+    monkeypatch.setattr("maxlm.plan.planner.has_compiler", lambda: True)
+    assert main(["plan", "configs/1b.yaml", "--on", "v5e-16", "--compile", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    plans = json.loads(out)["plans"]
+    assert "it does not fit" in err and "compiling 2 of 2" in err
+    by_compiler = [p for p in plans if p["basis"] == "compiler"]
+    assert len(by_compiler) == 1 and by_compiler[0]["step_time_s"]["low"] >= 123.0
+    assert by_compiler[0]["peak_bytes"] == 2**31
+
+
+def test_machines_of_several_slices():
+    assert target("2xv5p-128").num_chips == 128 and target("2xv5p-128").place.num_devices == 128
+    assert target("v5p:4x4x4").topology == "v5p:4x4x4" and target("h100:8").topology is None
+    with pytest.raises(ConfigError, match="no such machine"):
+        target("2xv5")
+    assert parameters(small().model)["embed"].dims == "VD"
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+def test_a_plan_is_compiled_by_the_real_compiler(capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    from maxlm.config_file import to_yaml
+
+    path.write_text(to_yaml(small("train.batch_size=64", d_model=256, d_ff=512, vocab_size=1024)))
+    assert main(["plan", str(path), "--on", "v5e-8", "--compile", "1", "--top", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["plans"]
+    assert row["basis"] == "compiler" and row["compiled"]["cycles"] > 0
+    assert row["peak_bytes"] == row["compiled"]["arguments_bytes"] + row["compiled"]["heap_bytes"]
