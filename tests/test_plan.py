@@ -132,7 +132,7 @@ def test_a_step_of_the_fastest_plan_is_no_slower_than_of_any_mesh_by_hand():
 
 
 def test_a_model_that_no_mesh_divides_is_refused():
-    config = small("train.batch_size=3", d_model=63, num_heads=3, num_kv_heads=3)
+    config = small("train.batch_size=3", d_model=66, num_heads=3, num_kv_heads=3)
     with pytest.raises(ConfigError, match="no mesh of 16 devices divides this model and batch: "):
         search(config, target("v5e-16").place)
 
