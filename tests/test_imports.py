@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -143,3 +144,8 @@ def third_party(names: set[str]) -> set[str]:
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"maxlm"}
     found = {distribution(SHIPPED_BY.get(top) or shipped.get(top, [top])[0]) for top in tops}
     return {COMES_WITH.get(name, name) for name in found}
+
+
+def test_the_command_line_is_parsed_without_jax():
+    code = "import sys; from maxlm import cli; cli._parser(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from maxlm import mesh, places, storage
+from maxlm import places, storage
 from maxlm.config import Config
 from maxlm.config_file import ConfigError, load_config
 from maxlm.machines import Machine, machine
@@ -165,7 +165,9 @@ def make_job(config: str, overrides: list[str], on: str, via: str, name: str | N
         _check_places(run, via)
     if not run.mesh.allowed:
         count = run.mesh.fake_devices or wanted.num_devices * run.mesh.slices
-        mesh.check_fit(run, mesh.axis_sizes(run.mesh, count))
+        from maxlm.mesh import axis_sizes, check_fit  # imports JAX, and other commands import this
+
+        check_fit(run, axis_sizes(run.mesh, count))
     if options.env_file is not None and not os.path.isfile(options.env_file):
         raise ConfigError(f"--env-file {options.env_file} is not there; it holds lines such as WANDB_API_KEY=...")
     name = _checked_name(name, run.run.name)
