@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -145,6 +146,7 @@ def main() -> int:
     parser.add_argument("--folder", default=None, help="on the disk that is to be measured (temporary files' folder)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = measure(Path(folder), args.layers, args.width, args.rounds)
     print(json.dumps(result) if args.json else show(result))
