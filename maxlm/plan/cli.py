@@ -20,8 +20,8 @@ PLAN_EXAMPLES = """examples:
 
 The mesh, the microbatches and the remat policy are searched; model, batch and optimizer stay as the config says. The
 best are compiled by the real TPU compiler (pip install 'maxlm[plan]'), which runs on this machine's CPU: a minute or
-more each. GPUs are planned by formulas alone. Ranges: what the figures say, and 1.5 times as long, as published runs
-took. Names: v5p-128 (64 chips: cores are counted), v6e-256, v5p:4x4x4, h100:8; 4xv5p-512 is four slices."""
+more each. GPUs are planned by formulas alone. Ranges: what the figures say, and 1.5 times as long (GPUs: twice), for
+what they leave out. Names: v5p-128 (64 chips: cores are counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (slices)."""
 COMPILE_EXAMPLES = """examples:
   maxlm compile configs/1b.yaml --on v5e-16
   maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots"""

@@ -130,8 +130,9 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         step_s = figures["step_time_s"] + sum(seconds or 0 for seconds in plan.time.wires.values())
     chip = hardware.named(where.machine.chip or "")
     assert chip
-    low, high = (totals(plan.config, chip, where.num_chips, step_s * factor, terms) for factor in (1, SLOWER))
-    return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, step_s, low, high)
+    slower = SLOWER[where.machine.kind]
+    low, high = (totals(plan.config, chip, where.num_chips, step_s * factor, terms) for factor in (1, slower))
+    return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, step_s, low, slower, high)
 
 
 def _misfit(config: Config, where: Target, least: Plan) -> str:
