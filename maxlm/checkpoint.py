@@ -338,9 +338,10 @@ class Checkpoints:
             Manifest(
                 step=step, temporary=temporary, files=files, arrays=arrays, run=self._run, versions=versions
             ).write(folder)
-            self._kinds[step], self._newest = temporary, step
+            self._kinds[step] = temporary
             self._retire(step)
         hosts.follow("done" if hosts.is_first() else None, HOSTS_S, topic)
+        self._newest = step
 
     def _look_for_newest(self, step: int) -> None:
         """Orbax would make a folder anew that is not there any more, such as that of a disk that was lost."""
