@@ -214,7 +214,7 @@ def test_the_doctor_examines_all_hosts_however_they_find_each_other(launcher, tm
 
 def test_a_run_that_goes_on_saves_after_the_checkpoint_it_began_with_is_gone(tmp_path):
     config = write_config(tmp_path, "r")
-    finish(start_hosts(config, 2, arguments=dict.fromkeys(range(2), ["checkpoint.every=2"])))
-    more = ["checkpoint.every=2", "train.steps=16"]
-    finish(start_hosts(config, 2, arguments=dict.fromkeys(range(2), more)))
+    for steps in (8, 16):
+        overrides = ["checkpoint.every=2", f"train.steps={steps}"]
+        finish(start_hosts(config, 2, arguments={0: overrides, 1: overrides}))
     assert sorted(int(path.name) for path in (tmp_path / "r" / "checkpoints").iterdir() if path.is_dir()) == [14, 16]
