@@ -216,6 +216,31 @@ def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, m
     assert by_compiler[0]["peak_bytes"] == 2**31
 
 
+def test_what_if_prices_the_alternatives_side_by_side(capsys):
+    options = ["--what-if", "--kept-tokens", "0.5", "--teacher", "configs/llama3_8b.yaml", "--distilled-tokens", "0.1"]
+    code, out, _ = plan(capsys, "--on", "v5e-16", "--json", "--top", "1", *options)
+    found = {row["name"]: row for row in json.loads(out)["what_if"]}
+    first = json.loads(out)["plans"][0]
+    assert code == 0
+    assert found["as configured"]["low"]["usd"] == pytest.approx(first["low"]["usd"], rel=1e-3)
+    assert 0.4 < found["int8"]["low"]["usd"] / found["as configured"]["low"]["usd"] < 0.9, (
+        "v5e is twice as fast in int8"
+    )
+    assert found["deduplicated data"]["low"]["days"] == pytest.approx(first["low"]["days"] / 2, rel=1e-3)
+    smaller = found["smaller model (0.5 N)"]
+    assert smaller["params"] < 0.6 * found["as configured"]["params"]
+    assert smaller["expected_loss"] == pytest.approx(found["as configured"]["expected_loss"], rel=1e-3)
+    assert found["compute-optimal"]["expected_loss"] <= found["as configured"]["expected_loss"]
+    student = found["prune and distill"]
+    assert student["flops"] > 0.1 * found["as configured"]["flops"], "the teacher's forward pass is not free"
+    assert student["low"]["days"] > 0.1 * first["low"]["days"]
+    code, out, _ = plan(capsys, "--on", "v5e-16", *options)
+    assert code == 0 and "what if" in out and "arXiv:2407.14679" in out
+    for bad in (["--law", "none"], ["--kept-tokens", "2"], ["--teacher", "configs/1b.yaml"], ["--scaling", "nowhere"]):
+        code, out, err = plan(capsys, "--on", "v5e-16", "--what-if", *bad)
+        assert code != 0 and err.strip().splitlines()[-1].startswith("error: "), bad
+
+
 def test_machines_of_several_slices():
     assert target("2xv5p-128").num_chips == 128 and target("2xv5p-128").place.num_devices == 128
     assert target("v5p:4x4x4").topology == "v5p:4x4x4" and target("h100:8").topology is None

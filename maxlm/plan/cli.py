@@ -46,6 +46,12 @@ def add_parser(subparsers: Any) -> None:
     add("--budget", metavar="USD", help="leave out what costs more")
     add("--top", type=int, default=3, metavar="N", help="plans to show for each machine (3)")
     add("--compile", type=int, default=2, metavar="N", help="plans to compile for each TPU machine (2); 0 for none")
+    add("--what-if", action="store_true", help="also price int8 products, smaller models and the like, by formulas")
+    add("--law", default="chinchilla", metavar="NAME", help="that tells their losses (chinchilla); see `maxlm scaling`")
+    add("--scaling", nargs="+", metavar="RUN", help="fit that law to these runs instead")
+    add("--kept-tokens", type=float, metavar="SHARE", help="what deduplication leaves of the data")
+    add("--teacher", metavar="CONFIG", help="config of a trained, larger model to prune and distil")
+    add("--distilled-tokens", type=float, metavar="SHARE", help="of the tokens that distillation takes; goes with it")
     add("--write", metavar="FILE", help="write the config of the first plan")
     add("--prices", metavar="FILE", help="CSV file of your prices (columns: chip, provider, region, kind, ...)")
     add("--price-kind", default="on-demand", metavar="KIND", help="on-demand, spot, reserved or flex-start (on-demand)")
@@ -74,7 +80,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
     config = load_config(args.config, overrides)
     _on_cpu()
-    from maxlm.plan import planner, prices, table
+    from maxlm.plan import alternatives, planner, prices, table
     from maxlm.plan.money import Terms
 
     extra = prices.read_prices(args.prices) if args.prices else []
@@ -84,27 +90,47 @@ def _plan(args: argparse.Namespace) -> int:
     targets = [planner.target(name) for name in dict.fromkeys(args.on)]
     if args.compile and not planner.has_compiler():
         say("the TPU compiler is not here (pip install 'maxlm[plan]'): all rows are by formulas alone")
-    rows, notes = [], dict[str, None]()
+    rows, notes, found = [], dict[str, None](), dict[str, Terms]()
     for where in targets:
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
         notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
         if price is not None and (old := prices.stale(price, datetime.date.today())):
             notes[old] = None
-        terms = Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)
+        found[where.name] = terms = Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)
         rows += planner.plan_rows(config, where, terms, args.top, args.compile, say)
     rows = planner.nearest(rows, deadline_s, budget)
     rows.sort(key=lambda row: (row.low["usd"] is None, row.low["usd"] or row.low["days"]))
     seconds = time.monotonic() - started
+    others = _others(args, config, targets[0], found[targets[0].name]) if args.what_if else []
     if args.json:
-        print(json.dumps({"seconds": seconds, "notes": list(notes), "plans": [row.as_json() for row in rows]}))
+        result = {"seconds": seconds, "notes": list(notes), "plans": [row.as_json() for row in rows]}
+        print(json.dumps({**result, "what_if": [alternatives.as_json(row) for row in others]}))
     else:
         print("\n".join([table.show(rows), *notes]))
+        if others:
+            print(alternatives.show(others, targets[0].name))
         command = f"maxlm train {args.config} {' '.join([*overrides, *rows[0].plan.overrides])}"
         print(f"planned in {units.duration(seconds)}; to run the first:\n  {command}")
     if args.write:
         with open(args.write, "x", encoding="utf-8") as file:
             file.write(to_yaml(rows[0].plan.config))
     return 0
+
+
+def _others(args: argparse.Namespace, config: Any, where: Any, terms: Any) -> list[Any]:
+    """The alternatives on the first machine."""
+    from maxlm.plan import alternatives
+    from maxlm.plan.laws import PUBLISHED
+    from maxlm.plan.scaling import fitted_law
+
+    if (args.teacher is None) != (args.distilled_tokens is None):
+        raise ConfigError("--teacher and --distilled-tokens go together")
+    if not args.scaling and args.law not in PUBLISHED:
+        raise ConfigError(f"--law={args.law} is none of {', '.join(PUBLISHED)}")
+    law = fitted_law(args.scaling) if args.scaling else PUBLISHED[args.law]
+    teacher = None if args.teacher is None else load_config(args.teacher, []).model
+    ways = alternatives.ways(config, law, teacher, args.distilled_tokens, args.kept_tokens)
+    return alternatives.priced(config, ways, where, terms)
 
 
 def _compile(args: argparse.Namespace) -> int:

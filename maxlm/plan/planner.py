@@ -43,6 +43,13 @@ class Target:
         return self.machine.num_chips * self.place.num_slices
 
     @property
+    def whole_chip(self) -> hardware.Chip:
+        """What is paid for, of which a device may be a part."""
+        chip = hardware.named(self.machine.chip or "")
+        assert chip
+        return chip
+
+    @property
     def topology(self) -> str | None:
         """As jax names it; None where there is no compiler for it."""
         known = TOPOLOGIES.get(self.machine.chip or "")
@@ -128,10 +135,10 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
     if figures is not None and figures["step_time_s"]:
         # the compiler prices what a core does, bubbles included; what waits for wires is added as by the formulas
         step_s = figures["step_time_s"] + sum(seconds or 0 for seconds in plan.time.wires.values())
-    chip = hardware.named(where.machine.chip or "")
-    assert chip
     slower = SLOWER[where.machine.kind]
-    low, high = (totals(plan.config, chip, where.num_chips, step_s * factor, terms) for factor in (1, slower))
+    low, high = (
+        totals(plan.config, where.whole_chip, where.num_chips, step_s * factor, terms) for factor in (1, slower)
+    )
     return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, step_s, low, slower, high)
 
 

@@ -90,9 +90,9 @@ def show(rows: Sequence[Row]) -> str:
                 str(i),
                 row.machine,
                 f"{row.peak_bytes / 2**30:.1f}/{row.hbm_bytes / 2**30:.0f}",
-                ("" if row.plan.time.known else ">") + _between(row.step_s, row.step_s * row.slower),
-                _between(row.high["mfu"], row.low["mfu"], 100),
-                *(_between(row.low[name], row.high[name]) for name in ("days", "usd", *extra)),
+                ("" if row.plan.time.known else ">") + between(row.step_s, row.step_s * row.slower),
+                between(row.high["mfu"], row.low["mfu"], 100),
+                *(between(row.low[name], row.high[name]) for name in ("days", "usd", *extra)),
                 row.basis,
             ]
         )
@@ -101,7 +101,8 @@ def show(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
 
 
-def _between(low: float | None, high: float | None, factor: float = 1) -> str:
+def between(low: float | None, high: float | None, factor: float = 1) -> str:
+    """A range in three digits; ? where it is not known."""
     return "?" if low is None or high is None else f"{_short(low * factor)}-{_short(high * factor)}"
 
 

@@ -1,0 +1,116 @@
+"""Other ways to the same model or loss (what_if.py), planned and priced on a machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm import units
+from maxlm.config import Config, ModelConfig
+from maxlm.config_file import ConfigError
+from maxlm.flops import num_params, train_flops_per_token
+from maxlm.plan import what_if
+from maxlm.plan.laws import Law
+from maxlm.plan.money import Terms, totals
+from maxlm.plan.planner import Target
+from maxlm.plan.search import ROOM, search
+from maxlm.plan.table import SLOWER, between
+from maxlm.plan.what_if import Alternative
+
+
+@dataclass(frozen=True)
+class Priced:
+    """An alternative on a machine.
+
+    Attributes:
+        way: what it is.
+        low: money.totals of its fastest plan; None where it does not fit.
+        slower: how many times as long it may take.
+        overrides: of that plan.
+    """
+
+    way: Alternative
+    low: dict[str, float | None] | None
+    slower: float
+    overrides: tuple[str, ...]
+
+
+def ways(
+    config: Config, law: Law, teacher: ModelConfig | None, distilled: float | None, kept: float | None
+) -> list[Alternative]:
+    """The alternatives to a run.
+
+    Args:
+        config: the run.
+        law: tells losses.
+        teacher: a trained, larger model to prune; None leaves that out.
+        distilled: share of the tokens that distillation takes.
+        kept: share of the tokens that deduplication leaves; None leaves that out.
+
+    Raises:
+        ValueError: a share is none, or the teacher is no larger.
+    """
+    model, train = config.model, config.train
+    tokens = float(train.num_steps * train.tokens_per_step)
+    found = [what_if.as_configured(model, train.seq_len, tokens, law), what_if.int8(model, train.seq_len, tokens, law)]
+    for make in (what_if.same_loss, what_if.compute_optimal):
+        try:
+            found.append(make(model, train.seq_len, tokens, law))
+        except ValueError:
+            continue  # there is no such model
+    if teacher is not None and distilled is not None:
+        found.append(what_if.pruned_and_distilled(model, teacher, train.seq_len, tokens, distilled))
+    if kept is not None:
+        found.append(what_if.deduplicated(model, train.seq_len, tokens, kept))
+    return found
+
+
+def priced(config: Config, found: Sequence[Alternative], where: Target, terms: Terms) -> list[Priced]:
+    """Plans each way by formulas. A teacher's forward pass stretches the step by its FLOPs."""
+    rows = []
+    for way in found:
+        train = config.train.model_copy(update={"steps": None, "tokens": max(1, round(way.tokens))})
+        quant = config.quant.model_copy(update={"mode": "int8"}) if way.name.startswith("int8") else config.quant
+        changed = config.model_copy(update={"model": way.model, "train": train, "quant": quant})
+        slower = SLOWER[where.machine.kind]
+        try:
+            best = search(changed, where.place)[0]
+        except ConfigError:
+            best = None
+        if best is None or best.memory.peak > ROOM * where.place.chip.hbm_bytes:
+            rows.append(Priced(way, None, slower, ()))
+            continue
+        stretch = way.flops_per_token / train_flops_per_token(way.model, train.seq_len)
+        low = totals(best.config, where.whole_chip, where.num_chips, best.time.total * stretch, terms)
+        rows.append(Priced(way, dict(low), slower, best.overrides))
+    return rows
+
+
+def as_json(row: Priced) -> dict[str, Any]:
+    """A row, in base units."""
+    way = row.way
+    return {
+        "name": way.name,
+        "assumption": way.assumption,
+        "params": num_params(way.model)["total_unpadded"],
+        "tokens": way.tokens,
+        "flops": way.flops,
+        "expected_loss": way.expected_loss,
+        "low": row.low,
+        "slower": row.slower,
+        "overrides": list(row.overrides),
+    }
+
+
+def show(rows: Sequence[Priced], machine: str) -> str:
+    """The alternatives as a table, with what each takes for granted."""
+    cells = [["what if", "parameters", "tokens", "loss", f"days on {machine}", "USD"]]
+    for row in rows:
+        low = row.low or {}
+        pairs = [(low.get(name), (low.get(name) or 0) * row.slower) for name in ("days", "usd")]
+        spans = ["does not fit", ""] if row.low is None else [between(x, y) for x, y in pairs]
+        loss = "?" if row.way.expected_loss is None else f"{row.way.expected_loss:.3f}"
+        size = units.count(num_params(row.way.model)["total_unpadded"])
+        cells.append([row.way.name, size, units.count(row.way.tokens), loss, *spans])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([*lines, *(f"{row.way.name}: {row.way.assumption}" for row in rows)])
