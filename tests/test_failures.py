@@ -192,7 +192,7 @@ def test_command_says_so_when_a_run_gets_nowhere(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--chip-mtbf", "5"], "--chip-mtbf=5 is to be a time with its unit"),
+        (["--chip-mtbf", "5"], "--chip-mtbf: '5' is no time with a unit"),
         (["--chip-mtbf", "0h"], "chip_mtbf_s=0"),
         (["--allowed", "9,8"], "allowed=9 is to be a number of slices from 1 to 8"),
         (["--allowed", "all"], "--allowed=all"),
