@@ -133,6 +133,8 @@ def attention_cycles(config: Config, shape: Mapping[str, int], chip: str) -> flo
     if model.attention_softcap is not None or model.dtype == "float32":
         return None
     T, total = train.seq_len // shards, 0.0
+    if train.attention not in ("auto", "splash") or not splash_blocks.fits(T if shards == 1 else T // 2):
+        return None
     runs = {"fwd": attention_forwards(config, shape), "dq": 1, "dkv": 1}
     for kind in set(model.layer_pattern):
         if kind == "local" and shards > 1:

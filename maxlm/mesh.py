@@ -218,7 +218,13 @@ def _torus_order(devices: Sequence[Any]) -> tuple[list[Any], list[int]]:
 
 def axis_parts(size: int, inner: int, torus: Sequence[int]) -> list[int]:
     """Cuts an axis of `size` devices at stride `inner` where row-major order leaves a torus dimension."""
+    return [part for part, _ in axis_dims(size, inner, torus)]
+
+
+def axis_dims(size: int, inner: int, torus: Sequence[int]) -> list[tuple[int, int]]:
+    """Parts of an axis as axis_parts, each with the extent of the torus dimension it is in; 0 of several."""
     parts: list[int] = []
+    extents: list[int] = []
     boundary = 1
     for extent in reversed(torus):
         boundary *= extent
@@ -226,8 +232,10 @@ def axis_parts(size: int, inner: int, torus: Sequence[int]) -> list[int]:
         part = math.gcd(boundary // done, size // math.prod(parts)) if boundary % done == 0 else 1
         if part > 1:
             parts.append(part)
+            extents.append(extent)
     left = size // math.prod(parts)
-    return [*([left] if left > 1 else []), *reversed(parts)] or [1]
+    found = list(zip(parts, extents, strict=True))
+    return [*([(left, 0)] if left > 1 else []), *reversed(found)] or [(1, 0)]
 
 
 def _fitting(value: int, size: int) -> int:

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from typing import Any
@@ -68,7 +69,7 @@ def _plan(args: argparse.Namespace) -> int:
     started = time.monotonic()
     if args.top < 1 or args.compile < 0:
         raise ConfigError("--top is a count from 1, and --compile one from 0")
-    if not 0 < args.goodput <= 1 or args.pue < 1 or (args.grid_gco2_per_kwh or 0) < 0:
+    if not (0 < args.goodput <= 1 and 1 <= args.pue < 100 and 0 <= (args.grid_gco2_per_kwh or 0) < 1e5):
         raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
     deadline_s = None if args.deadline is None else _read(units.seconds, "--deadline", args.deadline)
     budget = None if args.budget is None else _read(units.number, "--budget", args.budget)
@@ -78,6 +79,8 @@ def _plan(args: argparse.Namespace) -> int:
         overrides += ["train.steps=null", f"train.tokens={tokens}"]
     if args.write and os.path.exists(args.write):
         raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
+    if args.write and not os.path.isdir(os.path.dirname(args.write) or "."):
+        raise ConfigError(f"--write {args.write}: there is no such folder")
     config = load_config(args.config, overrides)
     _on_cpu()
     from maxlm.plan import alternatives, planner, prices, table
@@ -109,7 +112,7 @@ def _plan(args: argparse.Namespace) -> int:
         print("\n".join([table.show(rows), *notes]))
         if others:
             print(alternatives.show(others, targets[0].name))
-        command = f"maxlm train {args.config} {' '.join([*overrides, *rows[0].plan.overrides])}"
+        command = f"maxlm train {shlex.join([args.config, *overrides, *rows[0].plan.overrides])}"
         print(f"planned in {units.duration(seconds)}; to run the first:\n  {command}")
     if args.write:
         with open(args.write, "x", encoding="utf-8") as file:
@@ -139,13 +142,12 @@ def _compile(args: argparse.Namespace) -> int:
     from maxlm import bench
     from maxlm.plan.planner import target
 
-    where = args.on
-    if ":" not in where:
-        topology = target(where).topology
-        if topology is None:
-            raise ConfigError(f"--on {where}: there is a compiler for TPUs alone")
-        where = topology
-    result = bench.bench_compiled(config, where, args.top, args.hlo)
+    where = target(args.on)
+    if where.topology is None:
+        raise ConfigError(f"--on {args.on}: there is a compiler for TPUs alone")
+    if where.place.num_slices != config.mesh.slices:
+        raise ConfigError(f"--on {args.on}: the config has mesh.slices={config.mesh.slices}; make them the same")
+    result = bench.bench_compiled(config, where.topology, args.top, args.hlo)
     print(json.dumps(result) if args.json else bench.show(result))
     if not bench.fits(result):
         raise RuntimeError("the step does not fit into the memory of the device")

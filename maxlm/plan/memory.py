@@ -29,20 +29,24 @@ class Memory:
     Attributes:
         weights: parameters, and their average where there is one.
         optimizer: its state.
-        gradients: of all layers, in the type they are kept in.
+        gathered: weights that are whole over fsdp for the whole step, or for the whole backward pass.
+        gradients: in the type they are kept in.
         activations: what layers keep for the backward pass, of all microbatches that are under way.
-        layer: what one layer's backward pass works with, its gathered weights included.
+        layer: what one repeat of the layers works with in its backward pass, its gathered weights included.
         head: logits, their gradients, and the gathered projection.
         batch: tokens and what comes with them.
+        summed: gradients are there during the loss already, as sums over microbatches.
     """
 
     weights: float
     optimizer: float
+    gathered: float
     gradients: float
     activations: float
     layer: float
     head: float
     batch: float
+    summed: bool
 
     @property
     def arguments(self) -> float:
@@ -52,18 +56,16 @@ class Memory:
     @property
     def peak(self) -> float:
         """The most that is held at a time."""
-        in_head = self.activations + self.head
-        in_layer = self.gradients + self.activations + self.layer
-        return self.arguments + max(in_head, in_layer)
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
         """What makes up the peak, by name."""
-        shown = {"weights": self.weights, "optimizer": self.optimizer, "activations": self.activations}
-        if self.activations + self.head >= self.gradients + self.activations + self.layer:
-            shown["head"] = self.head
-        else:
-            shown |= {"gradients": self.gradients, "layer": self.layer}
-        return {**shown, "batch": self.batch}
+        in_head = self.head + (self.gradients if self.summed else 0)
+        at = {"head": self.head} if in_head >= self.gradients + self.layer else {"layer": self.layer}
+        if self.summed or "layer" in at:
+            at["gradients"] = self.gradients
+        shown = {"weights": self.weights, "optimizer": self.optimizer, "gathered": self.gathered}
+        return {**shown, "activations": self.activations, **at, "batch": self.batch}
 
 
 @dataclass(frozen=True)
@@ -85,29 +87,48 @@ class Share:
         return train.batch_size // train.grad_accum * train.seq_len // (split * self.sizes["context"])
 
     @property
-    def layers(self) -> int:
-        """That it runs, filled-up ones of a pipeline included."""
-        model, stages = self.config.model, self.sizes["stage"]
-        if stages == 1:
-            return model.num_layers
-        shares = stages * self.config.mesh.rounds
-        per_share = -(-model.num_repeats // shares)
-        return per_share * self.config.mesh.rounds * len(model.main_pattern) + model.num_lead_layers
+    def repeats(self) -> int:
+        """Of the layer pattern that it runs for each microbatch, filled-up ones of a pipeline included."""
+        model, rounds = self.config.model, self.config.mesh.rounds
+        return model.num_repeats if self.sizes["stage"] == 1 else self.per_share * rounds
+
+    @property
+    def per_share(self) -> int:
+        """Repeats of one round of one stage."""
+        return -(-self.config.model.num_repeats // (self.sizes["stage"] * self.config.mesh.rounds))
+
+    @property
+    def layers(self) -> float:
+        """That it runs for each microbatch: dense ones ahead of a pipeline are run by all stages in turn."""
+        model = self.config.model
+        return self.repeats * len(model.main_pattern) + model.num_lead_layers / self.sizes["stage"]
+
+    @property
+    def kv_split(self) -> int:
+        """Devices over which key/value heads are split: none where they are too few."""
+        tensor = self.sizes["tensor"]
+        return tensor if self.config.model.kv_heads % tensor == 0 else 1
 
     def resting(self, path: str, parameter: Parameter) -> float:
         """Elements of a parameter that rest here."""
-        split = math.prod(self._size(PARAM[d]) for d in parameter.dims)
-        lead = math.prod(parameter.shape[: len(parameter.shape) - len(parameter.dims)])
+        return self._stacked(path, parameter) * self._own(parameter, "")
+
+    def in_use(self, path: str, parameter: Parameter) -> float:
+        """The same while they are in use: whole over fsdp."""
+        return self._stacked(path, parameter) * self._own(parameter, "D")
+
+    def _stacked(self, path: str, parameter: Parameter) -> int:
         if path.startswith("layers/") and self.sizes["stage"] > 1:
-            lead = (self.layers - self.config.model.num_lead_layers) // len(self.config.model.main_pattern)
-        return lead * math.prod(parameter.own) / split
+            return self.repeats
+        return math.prod(parameter.shape[: len(parameter.shape) - len(parameter.dims)])
 
-    def in_use(self, parameter: Parameter) -> float:
-        """Elements of one layer's share of a parameter while it is in use: whole over fsdp."""
-        return math.prod(parameter.own) / math.prod(self._size(PARAM[d]) for d in parameter.dims if d != "D")
+    def _own(self, parameter: Parameter, whole: str) -> float:
+        split = (self._split(d) for d in parameter.dims if d not in whole)
+        return math.prod(parameter.own) / math.prod(split)
 
-    def _size(self, axis: object) -> int:
-        return self.sizes[axis] if isinstance(axis, str) else 1
+    def _split(self, letter: str) -> int:
+        axis = PARAM[letter]
+        return self.kv_split if letter == "K" else self.sizes[axis] if isinstance(axis, str) else 1
 
 
 def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
@@ -118,74 +139,97 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
         sizes: devices per logical axis, from mesh.axis_sizes.
     """
     share, found, optim, train = Share(config, sizes), parameters(config.model), config.optim, config.train
-    resting = sum(share.resting(path, p) for path, p in found.items())
-    of_layers = sum(share.resting(path, p) for path, p in found.items() if "layers/" in path)
+    size, resting = SIZES[config.model.dtype], sum(share.resting(path, p) for path, p in found.items())
+    in_use = sum(share.in_use(path, p) for path, p in found.items())
+    of_layers = sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
     moments = MOMENTS[optim.name] * SIZES[optim.state_dtype] * resting
-    if optim.state_over_data:
-        moments /= sizes["data"]
+    if optim.name == "muon":  # embeddings and the like have Adam's two
+        moments += SIZES[optim.state_dtype] * sum(share.resting(k, p) for k, p in found.items() if "layers/" not in k)
+    whole = sizes["stage"] > 1 or train.gather == "step"
+    gathered = size * (in_use if whole else of_layers if train.remat == "none" and sizes["fsdp"] > 1 else 0)
+    at_rest = sum(share.resting(path, p) for path, p in found.items() if "layers/" in path)
     kept = SIZES[train.grad_dtype] if sizes["stage"] == 1 else 4
     rows = math.prod(sizes[axis] for axis in REPLICAS)
     return Memory(
         weights=(8 if optim.ema is not None else 4) * resting,
-        optimizer=0 if optim.state_on_host else moments,
-        gradients=kept * of_layers * (sizes["fsdp"] if train.gather == "step" else 1) + 4 * (resting - of_layers),
+        optimizer=0 if optim.state_on_host else moments / (sizes["data"] if optim.state_over_data else 1),
+        gathered=gathered,
+        gradients=kept * of_layers + 4 * (in_use - of_layers) if whole else kept * at_rest + 4 * (resting - at_rest),
         activations=_kept_activations(share),
         layer=_layer(share),
         head=_head(share),
-        batch=4 * 5 * train.tokens_per_step / (rows * 1),
+        batch=4 * 5 * train.tokens_per_step / rows,
+        summed=train.grad_accum > 1,
     )
 
 
-def kept_per_token(config: Config, sizes: Mapping[str, int]) -> float:
-    """Bytes per token that one layer keeps for the backward pass: the table of model/stack.py, per device."""
-    model, size, tensor = config.model, SIZES[config.model.dtype], sizes["tensor"]
-    D, Q, F = model.d_model, model.num_heads * model.head_size / tensor, _mlp_width(config) / tensor
-    K = model.kv_heads * model.head_size / min(tensor, model.kv_heads)
+def kept_per_repeat(config: Config, share: Share) -> float:
+    """Bytes per token that a repeat of the layers keeps for the backward pass: the table of model/stack.py."""
+    model, size, tensor = config.model, SIZES[config.model.dtype], share.sizes["tensor"]
+    count = len(model.main_pattern)
+    D, Q = model.d_model, model.num_heads * model.head_size / tensor
+    K, F = model.kv_heads * model.head_size / share.kv_split, _mlp_width(config, kept=True) / tensor
     ups, sums = (2 if model.mlp == "gated" else 1), 4 * model.num_heads / tensor
     policies = {
         "full": size * D,
-        "attention": size * (D + Q) + sums,
-        "dots": size * (2 * D + Q + 2 * K + ups * F),
-        "minimal": size * (2 * D + 2 * Q + 2 * K + ups * F) + sums,
-        "none": size * (5 * D + 3 * Q + 4 * K + (2 * ups + 1) * F) + sums,
+        "attention": size * (D + count * Q) + count * sums,
+        "dots": size * (D + count * (D + Q + 2 * K + ups * F)),
+        "minimal": size * (D + count * (D + 2 * Q + 2 * K + ups * F)) + count * sums,
+        "none": count * (size * (5 * D + 3 * Q + 4 * K + (2 * ups + 1) * F) + sums),
         "offload": 0.0,
     }
-    return policies["full" if sizes["stage"] > 1 else config.train.remat]
+    return policies["full" if share.sizes["stage"] > 1 else config.train.remat]
 
 
-def _mlp_width(config: Config) -> int:
-    """Hidden features that a token visits."""
+def _mlp_width(config: Config, kept: bool = False) -> int:
+    """Hidden features that a token visits. Args: kept: routed experts are kernels, whose products no policy keeps."""
     model = config.model
     if model.num_experts is None:
         return model.d_ff
-    return ((model.experts_per_token or 0) + model.num_shared_experts) * model.expert_width
+    again = kept and config.train.remat in ("dots", "minimal")
+    routed = 0 if again else model.experts_per_token or 0
+    return (routed + model.num_shared_experts) * model.expert_width
 
 
 def _kept_activations(share: Share) -> float:
     config, stages = share.config, share.sizes["stage"]
+    train, rounds, M = config.train, config.mesh.rounds, config.train.grad_accum
+    stream = SIZES[config.model.dtype] * config.model.d_model * share.tokens
+    lead = config.model.num_lead_layers / stages * stream
     if stages == 1:
-        each = share.layers / config.train.repeats_per_scan
-        return kept_per_token(config, share.sizes) * share.tokens * each
-    # 1F1B: the first stage has as many microbatches under way as there are stages, and each round holds its own
-    shares = config.mesh.rounds
-    under_way = min(config.train.grad_accum, stages) if config.mesh.pipeline == "1f1b" else config.train.grad_accum
-    size = SIZES[config.model.dtype] * config.model.d_model
-    return size * share.tokens * (under_way * share.layers + config.train.grad_accum * shares / stages)
+        groups = share.repeats / (train.repeats_per_scan if train.remat != "none" else 1)
+        return kept_per_repeat(config, share) * share.tokens * groups + lead
+    slots = (min(M, rounds * stages + stages - 1) if config.mesh.pipeline == "1f1b" else M * rounds) + 1
+    return stream * (slots * share.per_share + 2 * M / stages + 2) + lead
 
 
 def _layer(share: Share) -> float:
-    """One layer's backward pass: its intermediates with their gradients, and its weights, gathered ahead of use."""
-    model, tensor, size = share.config.model, share.sizes["tensor"], SIZES[share.config.model.dtype]
-    Q, F = model.num_heads * model.head_size / tensor, _mlp_width(share.config) / tensor
-    width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F
-    weights = sum(share.in_use(p) for path, p in parameters(model).items() if path.startswith("layers/0/"))
-    return size * (share.tokens * width + 2 * weights)
+    """A repeat's backward pass: its intermediates with their gradients, and its weights, gathered ahead of use."""
+    config, model = share.config, share.config.model
+    tensor, size, count = share.sizes["tensor"], SIZES[model.dtype], len(model.main_pattern)
+    Q, F = model.num_heads * model.head_size / tensor, _mlp_width(config) / tensor
+    spread = min(share.sizes["expert"], config.mesh.capacity_factor or share.sizes["expert"])
+    width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * spread
+    if model.num_experts and spread > 1:
+        width += 2 * (model.experts_per_token or 0) * model.d_model * spread
+    found = {path: p for path, p in parameters(model).items() if path.startswith("layers/")}
+    weights = sum(share.in_use(path, p) for path, p in found.items()) / share.repeats
+    return size * (share.tokens * width * count + (0 if share.sizes["stage"] > 1 else 2 * weights))
 
 
 def _head(share: Share) -> float:
     """The loss: float32 logits of the vocabulary's part that is in memory, and the gathered projection."""
-    model, train = share.config.model, share.config.train
-    table, tensor = model.padded_vocab * model.d_model, share.sizes["tensor"]
-    logits = share.tokens * model.padded_vocab / tensor
-    parts = train.logit_parts or max(1, math.ceil(logits / PART_LOGITS))
-    return 4 * logits / parts + 2 * SIZES[model.dtype] * (table / tensor + share.tokens * model.d_model)
+    model = share.config.model
+    table, split = model.padded_vocab * model.d_model, share.sizes["tensor"] * share.sizes["stage"]
+    logits = share.tokens * model.padded_vocab / split
+    projection = 2 * SIZES[model.dtype] * table / share.sizes["tensor"]
+    return 4 * logits / logit_parts(share) + projection + 2 * SIZES[model.dtype] * share.tokens * model.d_model
+
+
+def logit_parts(share: Share) -> int:
+    """In which logits are computed: more than one, and the backward pass computes them again."""
+    model, split = share.config.model, share.sizes["tensor"] * share.sizes["stage"]
+    if model.unembed_bias:
+        return 1
+    logits = share.tokens * model.padded_vocab / split
+    return share.config.train.logit_parts or max(1, math.ceil(logits / PART_LOGITS))

@@ -15,6 +15,8 @@ from maxlm.plan.money import Terms, totals
 from maxlm.plan.search import ROOM, Place, Plan, search
 from maxlm.plan.table import SLOWER, Row
 
+MORE_TRIES = 4
+"""Plans that are compiled beside those asked for, where some do not fit."""
 TOPOLOGIES = {"TPU v4": "v4", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
 """How jax names slices, before their shape."""
 
@@ -66,7 +68,9 @@ def target(name: str) -> Target:
     count, own = (int(match[1]), match[2]) if match else (1, name)
     found = machine(own)
     chip = hardware.named(found.chip) if found.chip else None
-    if chip is None or count < 1:
+    if count < 1:
+        raise ConfigError(f"--on {name}: that is no slice at all; {own} is one")
+    if chip is None:
         raise ConfigError(f"--on {name}: there are no figures of its chips, so nothing can be planned for it")
     if found.tpu is None:
         return Target(found, Place(chip, (found.num_chips,), count))
@@ -101,23 +105,25 @@ def plan_rows(
     if plans[0].memory.peak > ROOM * limit:
         raise ConfigError(_misfit(config, where, plans[0]))
     say(f"{where.name}: {len(plans):,} ways fit by formulas")
-    rows = [_row(where, plan, None, terms) for plan in _different(plans)[: max(num_rows, num_compiled)]]
-    topology = where.topology
+    plans, topology = _different(plans), where.topology
     if topology is None or not num_compiled or not has_compiler():
-        return rows[:num_rows]
-    checked = list[Row]()
-    for i, row in enumerate(rows):
-        if i < num_compiled:
-            overrides = " ".join(row.plan.overrides)
-            say(f"{where.name}: compiling {i + 1} of {min(num_compiled, len(rows))}: {overrides}")
-            compiled = compile_on(row.plan.config, topology)
-            say(f"  {compiled.seconds:.0f} s: {compiled.problem or 'fits'}")
-            if not compiled.fits:
-                continue
-            row = _row(where, row.plan, compiled, terms)
-        checked.append(row)
-    checked.sort(key=lambda row: (row.basis != "compiler", row.step_s))
-    return checked[:num_rows]
+        return [_row(where, plan, None, terms) for plan in plans[:num_rows]]
+    rows, problem, tried = list[Row](), "", 0
+    for plan in plans[: num_compiled + MORE_TRIES]:
+        if len(rows) == num_compiled:
+            break
+        tried += 1
+        say(f"{where.name}: compiling the {tried}. of {len(plans):,}: {' '.join(plan.overrides)}")
+        compiled = compile_on(plan.config, topology)
+        say(f"  {compiled.seconds:.0f} s: {compiled.problem or 'fits'}")
+        problem = compiled.problem or problem
+        if compiled.fits:
+            rows.append(_row(where, plan, compiled, terms))
+    if not rows:
+        raise ConfigError(f"{where.name}: the compiler refuses the {tried} best plans, the last one because: {problem}")
+    rows.sort(key=lambda row: row.step_s)
+    rows += [_row(where, plan, None, terms) for plan in plans[tried:]]
+    return rows[:num_rows]
 
 
 def _different(plans: Sequence[Plan]) -> list[Plan]:
@@ -133,8 +139,11 @@ def _different(plans: Sequence[Plan]) -> list[Plan]:
 def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> Row:
     step_s, figures = plan.time.total, compiled.figures if compiled is not None else None
     if figures is not None and figures["step_time_s"]:
-        # the compiler prices what a core does, bubbles included; what waits for wires is added as by the formulas
-        step_s = figures["step_time_s"] + sum(seconds or 0 for seconds in plan.time.wires.values())
+        # the compiler prices what a core does, a pipeline's idle ticks included but for attention's kernels; what waits
+        # for wires is added as by the formulas
+        stages = plan.sizes["stage"]
+        idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
+        step_s = figures["step_time_s"] + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
     slower = SLOWER[where.machine.kind]
     low, high = (
         totals(plan.config, where.whole_chip, where.num_chips, step_s * factor, terms) for factor in (1, slower)

@@ -5,16 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from maxlm.config import Config
-from maxlm.config_file import ConfigError
+from maxlm.config_file import ConfigError, parse_config
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
 from maxlm.plan.memory import REPLICAS, Memory, predict_memory
 from maxlm.plan.step_time import StepTime, predict_step_time
 
 REMAT = ("none", "minimal", "dots", "attention", "full", "offload")
+REMAT_WITHOUT_SPLASH = ("none", "dots", "full")
+"""The others are these, or are for TPUs (model/stack.py)."""
 MOST_TENSOR, MOST_STAGES, MOST_CONTEXT, MOST_MICROBATCHES = 16, 16, 16, 64
 LONG = 16_384
-"""Tokens of a sequence from which splitting it is looked at; shorter ones only where nothing else fits."""
+"""Tokens of a sequence from which splitting it is looked at."""
 ROOM = 0.95
 """Share of the memory that a plan may fill before it is compiled, for the prediction may err."""
 
@@ -59,27 +61,30 @@ class Plan:
 
 
 def search(config: Config, place: Place) -> list[Plan]:
-    """All ways that were found to run a config, those that fit first, the fastest first among these.
+    """All ways that were found to run a config: those that fit, the fastest first; if none does, the leanest first.
 
     The global batch, the model and its numbers stay: what is looked for are mesh, microbatches and remat policy.
 
     Raises:
         ConfigError: no mesh divides model and batch.
     """
-    found, refused = list[Plan](), "no mesh was tried"
+    found, refused = list[Plan](), "no number of microbatches does"
+    policies = REMAT if place.chip.name.startswith("TPU") else REMAT_WITHOUT_SPLASH
     for mesh in meshes(config, place):
-        for grad_accum in microbatches(config, mesh):
-            for remat in ("full",) if mesh["stage"] > 1 else REMAT:
-                try:
-                    found.append(_plan(config, place, mesh, grad_accum, remat))
-                except ConfigError as error:
-                    refused = str(error)
+        for remat in ("full",) if mesh["stage"] > 1 else policies:
+            plans = list[Plan]()
+            try:
+                plans += [_plan(config, place, mesh, grad_accum, remat) for grad_accum in microbatches(config, mesh)]
+                if plans:  # what stands in a config together is checked where it is read; model_copy does not
+                    parse_config(plans[0].config.model_dump(mode="json"))
+            except ConfigError as error:
+                refused = str(error)
+                continue
+            found += plans
     if not found:
         raise ConfigError(f"no mesh of {place.num_devices} devices divides this model and batch: {refused}")
-    limit = ROOM * place.chip.hbm_bytes
-    found.sort(key=lambda plan: (plan.memory.peak > limit, plan.time.total))
-    fitting = [plan for plan in found if plan.memory.peak <= limit]
-    return fitting or sorted(found, key=lambda plan: plan.memory.peak)
+    fitting = [plan for plan in found if plan.memory.peak <= ROOM * place.chip.hbm_bytes]
+    return sorted(fitting, key=lambda plan: plan.time.rank) or sorted(found, key=lambda plan: plan.memory.peak)
 
 
 def meshes(config: Config, place: Place) -> Iterator[dict[str, int]]:
@@ -110,19 +115,27 @@ def microbatches(config: Config, mesh: Mapping[str, int]) -> list[int]:
 
 
 def _plan(config: Config, place: Place, mesh: Mapping[str, int], grad_accum: int, remat: str) -> Plan:
-    rounds = 1
-    overrides = [f"mesh.{name}={size}" for name, size in mesh.items() if size != 1 or name == "fsdp"]
-    overrides += [f"train.grad_accum={grad_accum}", f"train.remat={remat}"]
+    fields = {**mesh, "rounds": 1, "allowed": (), "fake_devices": None}
     changed = config.model_copy(
         update={
-            "mesh": config.mesh.model_copy(update={**mesh, "rounds": rounds}),
+            "mesh": config.mesh.model_copy(update=fields),
             "train": config.train.model_copy(update={"grad_accum": grad_accum, "remat": remat}),
         }
     )
     sizes = axis_sizes(changed.mesh, place.num_devices)
     check_fit(changed, sizes)
+    overrides = [
+        f"{name}.{field}={_text(getattr(getattr(changed, name), field))}"
+        for name, among in (("mesh", fields), ("train", ("grad_accum", "remat")))
+        for field in among
+        if getattr(getattr(changed, name), field) != getattr(getattr(config, name), field)
+    ]
     memory = predict_memory(changed, sizes)
     return Plan(tuple(overrides), changed, sizes, memory, predict_step_time(changed, sizes, place.chip, place.torus))
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else "[]" if value == () else str(value)
 
 
 def _divisors(n: int) -> Sequence[int]:

@@ -13,21 +13,25 @@ from maxlm.config import Config
 from maxlm.cost import attention_cycles
 from maxlm.flops import attention_flops_per_token
 from maxlm.hardware import Chip
-from maxlm.mesh import axis_parts
+from maxlm.mesh import axis_dims
 from maxlm.parameters import parameters
-from maxlm.plan.memory import MOMENTS, SIZES, Share
+from maxlm.plan.memory import MOMENTS, SIZES, Share, logit_parts
 
 PRODUCTS = 1.03
 """Time of a product of large matrices on a TPU over that at its peak, by the compiler's cycles: those of an MLP of D
 2048 and F 8192, with 4096 tokens, on v5e."""
-KERNELS = 0.5
-"""Share of the peak that attention reaches where no schedule is known."""
+INT8 = {"TPU v5e": 0.62, "TPU v5p": 0.59, "TPU v6e": 0.91}
+"""Time of a layer's products in int8 over that in bf16 (docs/quantization.md); elsewhere int8 is no faster."""
+KERNELS = {True: 0.22, False: 0.5}
+"""Share of the peak that attention reaches where no schedule is known, on TPUs (as where it is) and on GPUs."""
 BYTES_PER_D, BYTES_PER_Q = 52.0, 62.0
 """Bytes that a layer moves per token, forward, forward again and backward, for each feature of the residual stream and
 of the heads: norms, sums, rotations, copies between layouts; counted from that program."""
 LANES = 128
-WRAPS = {"TPU v4": 4, "TPU v5p": 4, "TPU v5e": 16, "TPU v6e": 16}
-"""A dimension of a torus is a ring where it is a multiple of this, else a line, half as fast (Cloud's docs)."""
+GPUS_PER_NODE = 8
+"""Joined by NVLink or its like; what is between nodes is not known."""
+STAND_IN = 10e9
+"""Bytes/s that a network of unknown speed is taken for when plans are ranked, and only then."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class StepTime:
         memory: what runs at the speed of memory: norms, rotations, the loss, the update.
         wires: exposed time of collectives by logical axis; None for what crosses a network of unknown speed.
         bubble: idle time of a pipeline.
+        unknown_bytes: that a device sends over networks of unknown speed.
     """
 
     products: float
@@ -47,11 +52,17 @@ class StepTime:
     memory: float
     wires: Mapping[str, float | None]
     bubble: float
+    unknown_bytes: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it; a lower bound where a network is not known."""
         return self.products + self.attention + self.memory + self.bubble + sum(t or 0 for t in self.wires.values())
+
+    @property
+    def rank(self) -> float:
+        """What plans are compared by: total, and a guess at unknown networks."""
+        return self.total + self.unknown_bytes / STAND_IN
 
     @property
     def known(self) -> bool:
@@ -68,16 +79,20 @@ def predict_step_time(config: Config, sizes: Mapping[str, int], chip: Chip, toru
         chip: what one device can do.
         torus: dimensions of a slice; one for GPUs.
     """
-    share, train = Share(config, sizes), config.train
-    micro = train.grad_accum
-    layers = micro * _layer_products(share) * share.layers / (chip.bf16_flops * _speedup(config, chip))
-    head = micro * _head_products(share) / chip.bf16_flops
+    share, micro, stages = Share(config, sizes), config.train.grad_accum, sizes["stage"]
+    quantized = INT8.get(chip.name, 1.0) if config.quant.mode == "int8" else 1.0
+    layers = PRODUCTS * micro * share.layers * _layer_products(share) / chip.bf16_flops * quantized
+    head = PRODUCTS * micro * _head_products(share) / chip.bf16_flops
     attention, memory = _attention(config, sizes, chip), _memory(share, chip)
-    wires = _wires(share, chip, torus, PRODUCTS * layers + attention)
-    stages = sizes["stage"]
     idle = (stages - 1) / (config.mesh.rounds * micro) if stages > 1 else 0.0
-    bubble = idle * (PRODUCTS * layers + attention + micro * share.layers * _layer_memory(share, chip))
-    return StepTime(PRODUCTS * (layers + head), attention, memory, wires, bubble)
+    bubble = idle * (layers + attention + micro * share.layers * _layer_memory(share, chip))
+    sent = _sent(share)
+    wires = {axis: axis_seconds(kinds, chip, torus, sizes, axis) for axis, kinds in sent.items()}
+    hidden = wires.get("fsdp")
+    if hidden is not None:
+        wires["fsdp"] = max(0.0, hidden - layers - attention)
+    unknown = sum(sum(sent[axis].values()) for axis, seconds in wires.items() if seconds is None)
+    return StepTime(layers + head, attention, memory, wires, bubble, unknown)
 
 
 def again(config: Config, sizes: Mapping[str, int]) -> float:
@@ -87,36 +102,38 @@ def again(config: Config, sizes: Mapping[str, int]) -> float:
     return (1.0 if remat in ("full", "attention", "offload") else 0.0) + extra
 
 
+# ---- what a core does
+
+
 def _layer_products(share: Share) -> float:
     """FLOPs of one layer's products with weights on one device, for a microbatch, forward, again and backward."""
-    model, tensor = share.config.model, share.sizes["tensor"]
-    heads = 2 * (model.num_heads + max(model.kv_heads, tensor)) * model.head_size
+    model, tensor, more = share.config.model, share.sizes["tensor"], again(share.config, share.sizes)
+    heads = 2 * (model.num_heads + model.kv_heads * tensor / share.kv_split) * model.head_size
     gated = 3 if model.mlp == "gated" else 2
     dense, width = model.num_layers - model.num_expert_layers, model.expert_width
-    visited = ((model.experts_per_token or 0) + model.num_shared_experts) * width
-    mlp = gated * (dense * model.d_ff + model.num_expert_layers * visited) / model.num_layers
-    # the last product of an MLP need not run again: its input is what its gradients ask for
-    repeated = again(share.config, share.sizes) * (heads + mlp * (gated - 1) / gated)
-    return 2 * share.tokens * model.d_model * (3 * (heads + mlp) + repeated) / tensor
+    shared = gated * (dense * model.d_ff + model.num_expert_layers * model.num_shared_experts * width)
+    routed = gated * model.num_expert_layers * (model.experts_per_token or 0) * width
+    mlp, experts = shared / model.num_layers, routed / model.num_layers
+    # the last product of an MLP need not run again: its input is what its gradients ask for; kernels are not kept
+    repeated = more * (heads + mlp * (gated - 1) / gated) + experts * (share.config.train.remat != "none")
+    return 2 * share.tokens * model.d_model * (3 * (heads + mlp + experts) + repeated) / tensor
 
 
 def _head_products(share: Share) -> float:
     model, split = share.config.model, share.sizes["tensor"] * share.sizes["stage"]
-    return 6 * share.tokens * model.d_model * model.padded_vocab / split
-
-
-def _speedup(config: Config, chip: Chip) -> float:
-    """Of the products of layers, by their type."""
-    return (chip.speedup(config.quant.mode) or 1.0) if config.quant.mode == "int8" else 1.0
+    return (6 if logit_parts(share) == 1 else 8) * share.tokens * model.d_model * model.padded_vocab / split
 
 
 def _attention(config: Config, sizes: Mapping[str, int], chip: Chip) -> float:
-    cycles = attention_cycles(config, sizes, chip.name)
-    if cycles is not None and chip.flops_per_cycle:
+    on_tpu = bool(chip.flops_per_cycle)
+    cycles = attention_cycles(config, sizes, chip.name) if on_tpu else None
+    local = sizes["context"] > 1 and "local" in config.model.layer_pattern  # plain there, and not in these cycles
+    if cycles is not None and chip.flops_per_cycle and not local:
         return cycles * chip.flops_per_cycle / chip.bf16_flops
     per_device = config.train.tokens_per_step / math.prod(sizes.values())
-    flops = attention_flops_per_token(config.model, config.train.seq_len) * (3 + again(config, sizes)) / 3
-    return flops * per_device / (KERNELS * chip.bf16_flops)
+    runs = 3 + (0 if config.train.remat in ("none", "attention", "minimal") and sizes["stage"] == 1 else 1)
+    flops = attention_flops_per_token(config.model, config.train.seq_len) * runs / 3
+    return flops * per_device / (KERNELS[on_tpu] * chip.bf16_flops)
 
 
 def _layer_memory(share: Share, chip: Chip) -> float:
@@ -128,76 +145,80 @@ def _layer_memory(share: Share, chip: Chip) -> float:
 def _memory(share: Share, chip: Chip) -> float:
     config, found = share.config, parameters(share.config.model)
     resting, micro = sum(share.resting(path, p) for path, p in found.items()), config.train.grad_accum
-    moments = 2 * MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype]
-    update = resting * (2 * 4 + moments + 3 * SIZES[config.train.grad_dtype])
-    casts = resting * 6 * 2 * (1 if config.train.gather == "step" else micro)
-    logits = 4 * 4 * share.tokens * config.model.padded_vocab / share.sizes["tensor"] * micro
-    return micro * share.layers * _layer_memory(share, chip) + (update + casts + logits) / chip.hbm_bytes_per_s
+    moments, kept = 2 * MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype], SIZES[config.train.grad_dtype]
+    once = config.train.gather == "step" or share.sizes["stage"] > 1
+    update = resting * (2 * 4 + moments + 3 * kept)
+    casts = resting * 6 * 2 * (1 if once else micro)
+    sums = resting * 3 * kept * (micro - 1)
+    split = share.sizes["tensor"] * share.sizes["stage"]
+    logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
+    return micro * share.layers * _layer_memory(share, chip) + (update + casts + sums + logits) / chip.hbm_bytes_per_s
 
 
-def _wires(share: Share, chip: Chip, torus: Sequence[int], beside: float) -> dict[str, float | None]:
-    """Exposed seconds of collectives by logical axis; formulas of docs/mesh.md.
+# ---- what crosses wires
 
-    Args:
-        share: of the work.
-        chip: with the links.
-        torus: dimensions of a slice.
-        beside: seconds of the products beside which weights travel.
-    """
-    config, sizes, model = share.config, share.sizes, share.config.model
-    size, micro, found = SIZES[model.dtype], share.config.train.grad_accum, parameters(model)
-    keys = share.tokens * model.kv_heads * model.head_size
-    stream = size * share.tokens * model.d_model
-    in_use = {path: share.in_use(p) for path, p in found.items()}
-    layer = sum(n for path, n in in_use.items() if path.startswith("layers/")) / len(model.main_pattern) * share.layers
-    rest = sum(n for path, n in in_use.items() if "layers/" not in path)
-    gathers = 1 if config.train.gather == "step" or sizes["stage"] > 1 else micro
+
+def _sent(share: Share) -> dict[str, dict[str, float]]:
+    """Bytes of whole arrays that a device's collectives move in a step, by logical axis and kind; see docs/mesh.md."""
+    config, sizes, model, train = share.config, share.sizes, share.config.model, share.config.train
+    size, micro, found = SIZES[model.dtype], train.grad_accum, parameters(model)
+    stream, keys = size * share.tokens * model.d_model, share.tokens * model.kv_heads * model.head_size / share.kv_split
+    n, stages = sizes["context"], sizes["stage"]
+    layers = sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
+    rest = sum(share.in_use(path, p) for path, p in found.items() if "layers/" not in path)
     resting = sum(share.resting(path, p) for path, p in found.items())
-    bytes_sent = {
-        "fsdp": gathers * size * (3 * layer + 2 * rest),
-        "data": 2 * 4 * resting,
-        "slice": 2 * 4 * resting,
-        "tensor": 2 * 5 * share.layers * micro * stream,
-        "stage": 2 * (micro + sizes["stage"] - 1) * stream * config.mesh.rounds,
-        "context": share.layers * micro * 4 * (5 * sizes["context"] - 1) * keys + 2 * 4 * resting,
-        "expert": 5 * share.layers * micro * stream * (model.experts_per_token or 0) + 2 * 4 * resting,
+    experts = sum(share.resting(path, p) for path, p in found.items() if "E" in p.dims)
+    once = train.gather == "step" or stages > 1
+    gathers = (1 if once else micro) * size * ((2 if once or train.remat == "none" else 3) * layers + 2 * rest)
+    sums = 4 + (again(config, sizes) > 0)
+    visits = stream * (model.experts_per_token or 0)
+    sent: dict[str, dict[str, float]] = {
+        "data": {"reduce": 4 * resting},
+        "slice": {"reduce": 4 * resting},
+        "fsdp": {"gather": gathers},
+        "tensor": {
+            "reduce": sums * share.layers * micro * stream,
+            "gather": micro * size * model.padded_vocab * model.d_model,
+        },
+        "stage": {"permute": 2 * (micro + stages - 1) * stream * config.mesh.rounds},
+        "context": {"permute": share.layers * micro * 4 * (5 * n - 1) * keys, "reduce": 4 * resting},
+        "expert": {"exchange": 5 * share.layers * micro * visits, "reduce": 4 * (resting - experts)},
     }
-    found_s: dict[str, float | None] = {}
-    for axis, sent in bytes_sent.items():
-        if sizes[axis] == 1:
-            continue
-        rate = axis_bytes_per_s(chip, torus, sizes, axis)
-        found_s[axis] = None if rate is None else sent * (sizes[axis] - 1) / sizes[axis] / rate
-    if found_s.get("fsdp") is not None:
-        found_s["fsdp"] = max(0.0, found_s["fsdp"] - beside)  # pyrefly: ignore
-    return found_s
+    return {axis: kinds for axis, kinds in sent.items() if sizes[axis] > 1}
 
 
-def axis_bytes_per_s(chip: Chip, torus: Sequence[int], sizes: Mapping[str, int], axis: str) -> float | None:
-    """Rate at which a device sends to others of a logical axis; None where it is not known.
+def axis_seconds(
+    kinds: Mapping[str, float], chip: Chip, torus: Sequence[int], sizes: Mapping[str, int], axis: str
+) -> float | None:
+    """Seconds of collectives over a logical axis; None where a network is not known.
 
     Args:
+        kinds: bytes of whole arrays by kind: gather (also a scatter), reduce (two of them), permute (to a neighbour,
+            one way), exchange (all to all).
         chip: with the links.
         torus: dimensions of a slice.
         sizes: devices per logical axis, outermost first.
-        axis: a logical axis.
+        axis: the logical axis.
     """
-    if axis == "slice":
-        return None  # of the data-centre network
-    if chip.link_bytes_per_s is None:  # a GPU: all to all within a node
-        inner = math.prod(size for name, size in _inside(sizes, axis).items()) * sizes[axis]
-        return chip.interconnect_bytes_per_s / 2 if inner <= GPUS_PER_NODE else None
-    inner = math.prod(_inside(sizes, axis).values())
-    # one dimension after another carries nearly all of it over the slowest, the outermost
-    last = axis_parts(sizes[axis], inner, torus)[-1]
-    whole = last in torus and last % WRAPS.get(chip.name, 4) == 0
-    return chip.link_bytes_per_s * (2 if whole else 1)
-
-
-GPUS_PER_NODE = 8
-"""Joined by NVLink or its like; what is between nodes is not known."""
-
-
-def _inside(sizes: Mapping[str, int], axis: str) -> dict[str, int]:
     names = list(sizes)
-    return {name: sizes[name] for name in names[names.index(axis) + 1 :]}
+    inner = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+    moved = kinds.get("gather", 0.0) + 2 * kinds.get("reduce", 0.0)
+    n = sizes[axis]
+    if axis == "slice":
+        return None  # the data-centre network
+    if chip.link_bytes_per_s is None:  # a GPU: all to all within a node
+        rate = chip.interconnect_bytes_per_s / 2
+        total = (moved + kinds.get("exchange", 0.0)) * (n - 1) / n + kinds.get("permute", 0.0)
+        return total / rate if inner * n <= GPUS_PER_NODE else None
+    seconds, outer = 0.0, 1
+    for part, extent in axis_dims(n, inner, torus):  # innermost first, each on what those within have gathered
+        links = 2 if part == extent and _wraps(chip, torus, extent) else 1
+        across = moved * (1 - 1 / part) + kinds.get("exchange", 0.0) * part / 4 * (2 if links == 1 else 1)
+        seconds += across / outer / (links * chip.link_bytes_per_s)
+        outer *= part
+    return seconds + kinds.get("permute", 0.0) / chip.link_bytes_per_s
+
+
+def _wraps(chip: Chip, torus: Sequence[int], extent: int) -> bool:
+    """Whether a dimension of a torus is a ring: all are in slices of whole cubes, on v5e and v6e one of 16 (docs)."""
+    return all(n % 4 == 0 for n in torus) if len(torus) == 3 else extent % 16 == 0

@@ -10,7 +10,7 @@ from maxlm.plan.search import Plan
 
 SLOWER = {"tpu": 1.5, "gpu": 2.0}
 """How much longer steps take than predicted, at most: predictions know no jitter, stalls or input waits, and those of
-GPUs no small products. Published runs took 1.04 to 1.14 times as long on TPUs, 1.86 on GPUs (docs/plan.md)."""
+GPUs no small products. Published runs took 1.03 to 1.13 times as long on TPUs, 1.83 on GPUs (docs/plan.md)."""
 ENERGY = {"kwh": "kWh", "co2e_kg": "kg CO2e"}
 """Columns that are shown where they are known, by their figures in money.totals."""
 
