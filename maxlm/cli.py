@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 failed on the way, 2 asked for wrongly, 130 interrupted."""
     parser = _parser()
     args, others = parser.parse_known_args(argv)
+    if hasattr(args, "prompts"):  # texts that stand behind an option
+        args.prompts += [other for other in others if not other.startswith("-")]
+        others = [other for other in others if other.startswith("-")]
     if others and (not hasattr(args, "overrides") or any(o.startswith("-") or "=" not in o for o in others)):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if others:  # settings that stand behind an option

@@ -104,7 +104,7 @@ def test_choices_from_the_command_line(tmp_path, capsys):
         right += i > 0
         lines.append(json.dumps({("question", "context")[i % 2]: context, "choices": choices, "answer": answer}))
     (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n\n")
-    args = ["eval", "choices", str(folder), str(tmp_path / "q.jsonl"), "--dtype", "float32", "mesh.fake_devices=1"]
+    args = ["eval", "choices", str(folder), str(tmp_path / "q.jsonl"), "mesh.fake_devices=1", "--dtype", "float32"]
     assert main([*args, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["questions"], found["acc"]) == (3, pytest.approx(right / 3))

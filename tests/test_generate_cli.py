@@ -48,7 +48,7 @@ def run(capsys, *arguments):
 def rows(capsys, *arguments):
     code, out, said = run(capsys, *arguments, "--json")
     assert code == 0, said
-    return [json.loads(line) for line in out.splitlines()]
+    return [json.loads(line) for line in out.split("\n") if line]
 
 
 def test_prompts_files_and_standard_input_give_the_same_texts(folder, tmp_path, capsys, monkeypatch):
@@ -100,7 +100,6 @@ def test_a_model_says_how_it_is_sampled(folder, capsys):
         (["--file", "none.jsonl"], "none.jsonl does not exist"),
         (["ab", "mesh.tensors=2"], "did you mean mesh.tensor"),
         (["ab", "mesh.stage=2"], "stage"),
-        (["--seed", "1", "a=b"], "a=b is no setting of the mesh"),
         ([""], "prompt 1 is empty"),
     ],
 )
@@ -144,3 +143,40 @@ def test_files_that_say_nothing_are_named(folder, capsys, name, text):
     code, out, said = run(capsys, folder, "ab", "--chat")
     assert (code, out) == (2, "") and said.count("\n") == 1
     assert name.partition(".")[0] in said
+
+
+def test_prompts_may_stand_behind_options(folder, capsys):
+    add_tokenizer(folder)
+    (wanted,) = rows(capsys, folder, "ab = c", "--chat", "--max-tokens", 4)
+    assert rows(capsys, folder, "--chat", "ab = c", "--max-tokens", 4) == [wanted]
+    assert rows(capsys, folder, "--max-tokens", 4, "--chat", "ab = c", "mesh.tensor=2")[0]["text"] == wanted["text"]
+    with pytest.raises(SystemExit):
+        run(capsys, folder, "ab", "--no-such-option")
+
+
+def test_lines_of_a_file_end_where_json_says(folder, tmp_path, capsys):
+    add_tokenizer(folder)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n', encoding="utf-8")
+    assert len(rows(capsys, folder, "--file", tmp_path / "p.jsonl", "--max-tokens", 2)) == 2
+
+
+@pytest.mark.parametrize(
+    "line", ['{"messages": [1]}', '{"prompt": "\\ud800"}', '{"messages": [{"content": "\\ud800"}]}']
+)
+def test_what_is_no_text_is_told_with_its_line(line, folder, tmp_path, capsys):
+    add_tokenizer(folder)
+    (tmp_path / "p.jsonl").write_text(line)
+    code, out, said = run(capsys, folder, "--file", tmp_path / "p.jsonl")
+    assert (
+        (code, out) == (2, "") and said.startswith(f"error: {tmp_path / 'p.jsonl'}, line 1") and said.count("\n") == 1
+    )
+
+
+def test_a_special_token_beyond_the_table_is_told_only_where_a_text_holds_it(folder, capsys):
+    add_tokenizer(folder, vocab_size=251)  # such as Gemma 3's for images; the table has 250
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    assert config["vocab_size"] == 250
+    assert run(capsys, folder, "ab", "--max-tokens", 2)[0] == 0
+    code, _, said = run(capsys, folder, "ab<|endoftext|>", "--max-tokens", 2)
+    assert code == 2 and "has the token 250, and vocab_size=250" in said

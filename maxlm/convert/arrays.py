@@ -168,8 +168,9 @@ class ArrayReader:
             at, found = int(np.ravel_multi_index(slot, shape[: len(slot)])) if slot else 0, Running()
             found.add(values, at * values.size)
             with self._lock:
-                self._seen[path].add(slot)
-                self._prints[path].join(found)
+                if slot not in self._seen[path]:
+                    self._seen[path].add(slot)
+                    self._prints[path].join(found)
         return values
 
     def check(self, num_layer_dims: Mapping[str, int]) -> None:

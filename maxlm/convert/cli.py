@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert Hugging Face folders to checkpoints and back",
-        description="Converts models tensor by tensor: no more than one is in memory.",
+        description="Converts models a few tensors at a time: never the whole of one is in memory.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "make a checkpoint of a local folder of safetensors"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +83,10 @@ def check_tokenizer(folder: str | None, vocab_size: int) -> None:
     import tokenizers
 
     try:
-        ids = tokenizers.Tokenizer.from_file(path).get_vocab(with_added_tokens=True).values()
+        found = tokenizers.Tokenizer.from_file(path)
+        special = {token.content for token in found.get_added_tokens_decoder().values() if token.special}
+        # those come from no text but their own name, such as Gemma 3's for images, and who encodes it is told
+        ids = [i for token, i in found.get_vocab(with_added_tokens=True).items() if token not in special]
     except Exception as error:  # The library raises bare Exception.
         raise FamilyError(f"{path} is no tokenizer: {' '.join(str(error).split())[:200]}") from None
     if ids and max(ids) >= vocab_size:
@@ -96,6 +100,7 @@ def copy_companions(source: str, target: str) -> list[str]:
     names = [name for name in COMPANIONS if os.path.isfile(os.path.join(source, name))]
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+        _sync(os.path.join(target, name))
     return names
 
 
@@ -124,7 +129,7 @@ def new_folder(path: str) -> Iterator[str]:
         raise ConvertError(f"{path} is in a bucket; convert into a local folder and copy it there")
     path = os.path.abspath(path)
     above, name = os.path.split(path)
-    partial = os.path.join(above, f".{name}.{os.getpid()}.partial")
+    partial = os.path.join(above, f".{name}.{secrets.token_hex(4)}.partial")
     try:
         if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
             raise ConvertError(f"{path} is there already; give another name, or remove it")
@@ -142,8 +147,8 @@ def new_folder(path: str) -> Iterator[str]:
         raise
 
 
-def _sync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -48,12 +48,13 @@ def add_parser(subparsers: Any) -> None:
     tasks.add_argument("--include-path", metavar="FOLDER", help="folder of more tasks (YAML)")
     tasks.add_argument("--limit", type=int, metavar="N", help="only so many examples of each task")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in each prompt (as the task says)")
+    for command in (perplexity, choices, tasks):  # behind FILE
+        command.add_argument("overrides", metavar="mesh.field=value", nargs="*", help="the mesh, such as mesh.tensor=4")
 
 
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
     command = add_command(commands, name, run, text, EXAMPLES[name])
     command.add_argument("model", metavar="MODEL", help="run folder, converted model or Hugging Face folder; @STEP")
-    command.add_argument("overrides", metavar="mesh.field=value", nargs="*", help="the mesh, such as mesh.tensor=4")
     command.add_argument("--batch", type=int, metavar="B", help="rows of full context at a time (8192 tokens)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights (bfloat16)")
     command.add_argument("--json", action="store_true", help="print JSON")

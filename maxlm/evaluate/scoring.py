@@ -8,14 +8,11 @@ import jax
 import numpy as np
 
 from maxlm.config import MeshConfig
-from maxlm.infer.encode import bucket, passes_of, put_rows, whole
+from maxlm.infer.encode import LOGITS, bucket, passes_of, put_rows, whole
 from maxlm.infer.models import OpenModel
 from maxlm.mesh import axis_sizes
 from maxlm.passes import PlainPasses
 from maxlm.sharding import compute_spec
-
-LOGITS = 2**28
-"""Logits that a device holds at a time, at most, as a count (1 GiB), where greedy decoding is asked for."""
 
 
 class EvaluationError(ValueError):
@@ -99,7 +96,10 @@ class Scorer:
         Returns:
             For each, the log-likelihood in nats, and whether it is what greedy decoding gives.
         """
-        longest = self.opened.context
+        longest, size = self.opened.context, self.opened.model.vocab_size
+        for pair in pairs:
+            if (most := max(map(max, pair))) >= size:
+                raise EvaluationError(f"a text has the token id {most}, and the model has vocab_size={size}")
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         for T, numbers in self._buckets([min(longest, len(a) + len(b) - 1) for a, b in pairs]):
             tokens_BT, targets_BT = (np.zeros((len(numbers), T), np.int32) for _ in range(2))

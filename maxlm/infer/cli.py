@@ -1,10 +1,12 @@
 """`maxlm generate`: continues prompts on the terminal."""
 
 import argparse
+import functools
 import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder (RUN or RUN@STEP), converted or Hugging Face folder")
     text = "texts, and settings such as mesh.tensor=4; without a text and --file: standard input"
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help=text)
-    parser.set_defaults(overrides=[])  # settings behind options
     parser.add_argument("--file", metavar="FILE", help='.jsonl of {"prompt": text} or {"messages": [...]}, or one text')
     parser.add_argument("--chat", action="store_true", help="prompts are a user's messages; use the model's template")
     parser.add_argument("--system", metavar="TEXT", help="a system message ahead of them (with --chat)")
@@ -61,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    mesh = mesh_of([*filter(MESH_FIELD.fullmatch, args.prompts), *args.overrides])
+    mesh = mesh_of([*filter(MESH_FIELD.fullmatch, args.prompts)])
     args.prompts = [prompt for prompt in args.prompts if not MESH_FIELD.fullmatch(prompt)]
     _check(args)
     requests = _requests(args)
@@ -74,7 +75,8 @@ def _generate(args: argparse.Namespace) -> int:
     text = ModelText.of(opened)
     stop = tuple(stop.replace("\\n", "\n") for stop in args.stop)
     options = Options(args.max_tokens, _sampling(args, opened.folder), stop, args.seed, args.batch)
-    prompts = [_encoded(request, args, opened.folder, text) for request in requests]
+    read = functools.cache(_template)
+    prompts = [_encoded(request, args, lambda: read(args.model, opened.folder), text) for request in requests]
     generator = Generator(opened.model, opened.params, opened.mesh)
     shown = _Shown(args, requests)
     start, num_tokens = time.perf_counter(), 0
@@ -105,10 +107,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _requests(args: argparse.Namespace) -> list[dict[str, Any]]:
     """{"prompt": text} or {"messages": [...]} of each."""
-    if args.prompts:
-        return [{"prompt": prompt} for prompt in args.prompts]
-    if not args.file:
-        return [{"prompt": sys.stdin.read().rstrip("\n")}]
+    if args.prompts or not args.file:
+        prompts = args.prompts or [sys.stdin.read().rstrip("\n")]
+        return [_is_text({"prompt": prompt}, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
     path = Path(args.file)
     try:
         data = path.read_text(encoding="utf-8")
@@ -118,7 +119,7 @@ def _requests(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--file {path} is not UTF-8 text") from None
     if path.suffix != ".jsonl":
         return [{"prompt": data.rstrip("\n")}]
-    found = [_request(path, i, line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
+    found = [_request(path, i, line) for i, line in enumerate(data.split("\n"), 1) if line.strip()]
     if not found:
         raise ValueError(f"--file {path} has no prompt")
     return found
@@ -130,11 +131,21 @@ def _request(path: Path, number: int, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ValueError(f"{path}, line {number}: not a JSON object") from None
     if isinstance(found, dict):
+        messages, where = found.get("messages"), f"{path}, line {number}"
         if isinstance(found.get("prompt"), str):
-            return {"prompt": found["prompt"]}
-        if isinstance(found.get("messages"), list) and found["messages"]:
-            return {"messages": found["messages"]}
+            return _is_text({"prompt": found["prompt"]}, where)
+        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+            return _is_text({"messages": messages}, where)
     raise ValueError(f'{path}, line {number}: {{"prompt": text}} or {{"messages": [...]}} belongs there')
+
+
+def _is_text(request: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same, if all its text can be written as UTF-8."""
+    try:
+        json.dumps(request, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is no text: it holds bytes that are not UTF-8, or half of a character") from None
+    return request
 
 
 def _dtype() -> Any:
@@ -144,19 +155,23 @@ def _dtype() -> Any:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def _encoded(request: dict[str, Any], args: argparse.Namespace, folder: str | None, text: Any) -> list[int]:
+def _template(model: str, folder: str | None) -> Any:
+    from maxlm.chat import ChatTemplate
+
+    if folder is None:
+        raise ValueError(f"{model} has no chat template; leave out --chat and messages")
+    return ChatTemplate.read(folder)
+
+
+def _encoded(request: dict[str, Any], args: argparse.Namespace, template: Callable[[], Any], text: Any) -> list[int]:
     messages = request.get("messages")
     if messages is None and not args.chat:
         return text.encode(request["prompt"])
-    from maxlm.chat import ChatTemplate
-
     if messages is None:
         messages = [{"role": "user", "content": request["prompt"]}]
     if args.system is not None:
         messages = [{"role": "system", "content": args.system}, *messages]
-    if folder is None:
-        raise ValueError(f"{args.model} has no chat template; leave out --chat and messages")
-    return text.encode(ChatTemplate.read(folder).render(messages, add_generation_prompt=True), as_document=False)
+    return text.encode(template().render(messages, add_generation_prompt=True), as_document=False)
 
 
 def _sampling(args: argparse.Namespace, folder: str | None) -> Any:

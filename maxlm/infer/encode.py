@@ -20,6 +20,8 @@ SMALLEST_BUCKET = 32
 """Tokens; shorter rows are padded to it, longer ones to its doubles, so that few programs are compiled."""
 BATCH_TOKENS = 8192
 """Tokens of a batch, unless one row has more."""
+LOGITS = 2**28
+"""Logits that a device holds at a time, at most, as a count (1 GiB), where they are asked for."""
 
 Rows = Sequence[Sequence[int]]
 
@@ -100,7 +102,10 @@ class Encoder:
 
     def _run(self, what: str, T: int, count: int) -> tuple[int, Callable]:
         """Rows at a time, for so many texts, and the compiled function of that many."""
-        most, wanted = max(1, self._batch_tokens // T // self._shards), -(-count // self._shards)
+        tokens = self._batch_tokens
+        if what == "logits":
+            tokens = min(tokens, LOGITS // self.opened.model.padded_vocab)
+        most, wanted = max(1, tokens // T // self._shards), -(-count // self._shards)
         num_rows = min(most, 1 << (wanted - 1).bit_length()) * self._shards
         if (what, T, num_rows) not in self._runs:
             passes = passes_of(self.opened, self._mesh, num_rows, T)

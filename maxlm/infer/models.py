@@ -80,7 +80,9 @@ class OpenModel:
             ModelError: it has none, or one with ids beyond the vocabulary.
         """
         found = self.load_tokenizer()
-        if found.vocab_size > self.model.vocab_size:
+        if self.folder is not None:
+            folders.check_tokenizer(self.folder, self.model.vocab_size)
+        elif found.vocab_size > self.model.vocab_size:
             raise ModelError(
                 f"the tokenizer of {self.place} makes ids up to {found.vocab_size - 1}, and the model has embeddings "
                 f"for vocab_size={self.model.vocab_size}"
