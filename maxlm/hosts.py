@@ -59,6 +59,7 @@ def join() -> None:
     waits = threading.Timer(WAITING_S, print, asks, {"file": sys.stderr})
     waits.daemon = True
     waits.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and tells no one (agreement.py does)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S, **options)
     except (ValueError, RuntimeError, OSError, ImportError) as error:

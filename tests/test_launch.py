@@ -1,5 +1,6 @@
 """Launches other than on TPU VMs: names of machines, local processes, JobSets, Slurm scripts, SkyPilot tasks."""
 
+import contextlib
 import json
 import os
 import re
@@ -297,17 +298,22 @@ def test_a_host_that_stops_with_another_one_is_not_taken_for_complete_either(mom
     command = [sys.executable, "-m", "maxlm", "supervise", "--stopped-code", "143", "--", "train", path]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    hosts = [
-        subprocess.Popen([*command, "train.steps=9000"], cwd=ROOT, env={**env, "JAX_PROCESS_ID": str(i)})
-        for i in range(2)
-    ]
+    starts = [{"cwd": ROOT, "env": {**env, "JAX_PROCESS_ID": str(i)}, "start_new_session": True} for i in range(2)]
+    hosts = [subprocess.Popen([*command, "train.steps=9000"], **start) for start in starts]
     run = tmp_path / "runs" / "r"
-    if moment == "training":
-        until(lambda: list((run / "checkpoints").glob("*/MANIFEST.json")), hosts[0])
-    else:
-        until(lambda: (run / "train.log").exists() and "compiling" in (run / "train.log").read_text(), hosts[0])
-    hosts[1].terminate()
-    assert [host.wait(120) for host in hosts] == [143, 143]
+    try:
+        if moment == "training":
+            until(lambda: list((run / "checkpoints").glob("*/MANIFEST.json")), hosts[0])
+        else:
+            until(lambda: (run / "train.log").exists() and "compiling" in (run / "train.log").read_text(), hosts[0])
+            time.sleep(2)  # the other host, which writes no log, compiles as well
+        hosts[1].terminate()
+        assert [host.wait(120) for host in hosts] == [143, 143]
+    finally:
+        for host in hosts:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(host.pid, signal.SIGKILL)
+            host.wait()
 
 
 def free_port():
