@@ -13,7 +13,7 @@ from maxlm.plan.laws import Law
 from maxlm.plan.money import Terms, totals
 from maxlm.plan.planner import Target
 from maxlm.plan.search import ROOM, search
-from maxlm.plan.table import SLOWER, between
+from maxlm.plan.table import SLOWER, aligned, between
 from maxlm.plan.what_if import Alternative
 
 
@@ -111,6 +111,4 @@ def show(rows: Sequence[Priced], machine: str) -> str:
         loss = "?" if row.way.expected_loss is None else f"{row.way.expected_loss:.3f}"
         size = units.count(num_params(row.way.model)["total_unpadded"])
         cells.append([row.way.name, size, units.count(row.way.tokens), loss, *spans])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([*lines, *(f"{row.way.name}: {row.way.assumption}" for row in rows)])
+    return "\n".join([*aligned(cells), *(f"{row.way.name}: {row.way.assumption}" for row in rows)])

@@ -67,20 +67,13 @@ def add_parser(subparsers: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    if args.top < 1 or args.compile < 0:
-        raise ConfigError("--top is a count from 1, and --compile one from 0")
-    if not (0 < args.goodput <= 1 and 1 <= args.pue < 100 and 0 <= (args.grid_gco2_per_kwh or 0) < 1e5):
-        raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
+    _check(args)
     deadline_s = None if args.deadline is None else _read(units.seconds, "--deadline", args.deadline)
     budget = None if args.budget is None else _read(units.number, "--budget", args.budget)
     overrides = list(args.overrides)
     if args.tokens is not None:
         tokens = int(_read(units.number, "--tokens", args.tokens))
         overrides += ["train.steps=null", f"train.tokens={tokens}"]
-    if args.write and os.path.exists(args.write):
-        raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
-    if args.write and not os.path.isdir(os.path.dirname(args.write) or "."):
-        raise ConfigError(f"--write {args.write}: there is no such folder")
     config = load_config(args.config, overrides)
     _on_cpu()
     from maxlm.plan import alternatives, planner, prices, table
@@ -118,6 +111,18 @@ def _plan(args: argparse.Namespace) -> int:
         with open(args.write, "x", encoding="utf-8") as file:
             file.write(to_yaml(rows[0].plan.config))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What would else be found out after minutes of compiling."""
+    if args.top < 1 or args.compile < 0:
+        raise ConfigError("--top is a count from 1, and --compile one from 0")
+    if not (0 < args.goodput <= 1 and 1 <= args.pue < 100 and 0 <= (args.grid_gco2_per_kwh or 0) < 1e5):
+        raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
+    if args.write and os.path.exists(args.write):
+        raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
+    if args.write and not os.path.isdir(os.path.dirname(args.write) or "."):
+        raise ConfigError(f"--write {args.write}: there is no such folder")
 
 
 def _others(args: argparse.Namespace, config: Any, where: Any, terms: Any) -> list[Any]:

@@ -96,9 +96,13 @@ def show(rows: Sequence[Row]) -> str:
                 row.basis,
             ]
         )
+    return "\n".join([*aligned(cells), *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they have to be."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([*lines, *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def between(low: float | None, high: float | None, factor: float = 1) -> str:
