@@ -70,11 +70,6 @@ class Chip:
             return self.fp8_flops
         return {"bfloat16": self.bf16_flops, "int8": self.int8_ops}.get(name)
 
-    def speedup(self, dtype: Any) -> float | None:
-        """How many times as fast as in bfloat16 matmuls of a type are: 1 is no gain, None not native or not known."""
-        peak = self.peak(dtype)
-        return peak and peak / self.bf16_flops
-
     def part(self, share: float) -> "Chip":
         """Figures of a part of the chip, such as half of it, which one JAX device may be."""
         if share == 1:

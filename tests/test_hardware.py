@@ -75,10 +75,11 @@ def test_figures_are_dense_and_as_published(name, bf16, int8, fp8, hbm, hbm_rate
 
 
 def test_int8_is_no_gain_everywhere():
-    assert known(named("TPU v4")).speedup("int8") == 1
-    assert known(named("TPU7x")).speedup("int8") is None
-    assert known(named("tpu v5e")).speedup("int8") == known(named("TPU v5p")).speedup("int8") == 2
-    assert known(named("TPU v6e")).speedup("float8_e4m3fn") == 1
+    assert known(named("TPU v4")).int8_ops == known(named("TPU v4")).bf16_flops, "no gain"
+    assert known(named("TPU7x")).int8_ops is None
+    for chip in map(known, (named("tpu v5e"), named("TPU v5p"))):
+        assert chip.int8_ops == 2 * chip.bf16_flops
+    assert known(named("TPU v6e")).peak("float8_e4m3fn") == known(named("TPU v6e")).bf16_flops
 
 
 def test_links_carry_the_bandwidth_between_chips():
