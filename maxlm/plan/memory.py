@@ -18,6 +18,8 @@ SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Bytes of an element."""
 MOMENTS = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0}
 """Copies of the parameters that an optimizer keeps; adafactor's rows and columns are small beside them."""
+LANES = 128
+"""Smaller heads are filled up to so many features."""
 REPLICAS = ("slice", "data", "fsdp", "expert")
 """Logical axes over which sequences are split."""
 
@@ -146,7 +148,7 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
     if optim.name == "muon":  # embeddings and the like have Adam's two
         moments += SIZES[optim.state_dtype] * sum(share.resting(k, p) for k, p in found.items() if "layers/" not in k)
     whole = sizes["stage"] > 1 or train.gather == "step"
-    gathered = size * (in_use if whole else of_layers if train.remat == "none" and sizes["fsdp"] > 1 else 0)
+    gathered = size * in_use if whole else _gathered_layers(share) if _keeps_gathered(share) else 0
     at_rest = sum(share.resting(path, p) for path, p in found.items() if "layers/" in path)
     kept = SIZES[train.grad_dtype] if sizes["stage"] == 1 else 4
     rows = math.prod(sizes[axis] for axis in REPLICAS)
@@ -163,22 +165,45 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
     )
 
 
-def kept_per_repeat(config: Config, share: Share) -> float:
-    """Bytes per token that a repeat of the layers keeps for the backward pass: the table of model/stack.py."""
+def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
+    """Bytes per token that a repeat of the layers keeps for the backward pass: the table of model/stack.py.
+
+    Args:
+        config: the run.
+        share: of a device.
+        mlp: with the MLP's hidden features.
+    """
     model, size, tensor = config.model, SIZES[config.model.dtype], share.sizes["tensor"]
     count = len(model.main_pattern)
     D, Q = model.d_model, model.num_heads * model.head_size / tensor
-    K, F = model.kv_heads * model.head_size / share.kv_split, _mlp_width(config, kept=True) / tensor
+    K, F = model.kv_heads * model.head_size / share.kv_split, mlp * _mlp_width(config, kept=True) / tensor
     ups, sums = (2 if model.mlp == "gated" else 1), 4 * model.num_heads / tensor
     policies = {
         "full": size * D,
         "attention": size * (D + count * Q) + count * sums,
         "dots": size * (D + count * (D + Q + 2 * K + ups * F)),
         "minimal": size * (D + count * (D + 2 * Q + 2 * K + ups * F)) + count * sums,
-        "none": count * (size * (5 * D + 3 * Q + 4 * K + (2 * ups + 1) * F) + sums),
+        "none": count * (size * (8 * D + 2 * Q + 3 * K + 2 * (ups + 1) * F) + sums),
         "offload": 0.0,
     }
     return policies["full" if share.sizes["stage"] > 1 else config.train.remat]
+
+
+def stacked_bytes(share: Share) -> float:
+    """Bytes that the scans over the layers keep for a microbatch by a copy; hidden features are written by products."""
+    config = share.config
+    kept = share.repeats * share.tokens * kept_per_repeat(config, share, mlp=False)
+    return kept + (_gathered_layers(share) if _keeps_gathered(share) else 0)
+
+
+def _keeps_gathered(share: Share) -> bool:
+    """Whether a layer's gathered weights are kept for the backward pass, as all that it computes is."""
+    return share.config.train.remat == "none" and share.sizes["fsdp"] > 1 and share.sizes["stage"] == 1
+
+
+def _gathered_layers(share: Share) -> float:
+    found = parameters(share.config.model)
+    return SIZES[share.config.model.dtype] * sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
 
 
 def _mlp_width(config: Config, kept: bool = False) -> int:
@@ -207,7 +232,7 @@ def _layer(share: Share) -> float:
     """A repeat's backward pass: its intermediates with their gradients, and its weights, gathered ahead of use."""
     config, model = share.config, share.config.model
     tensor, size, count = share.sizes["tensor"], SIZES[model.dtype], len(model.main_pattern)
-    Q, F = model.num_heads * model.head_size / tensor, _mlp_width(config) / tensor
+    Q, F = model.num_heads * max(LANES, model.head_size) / tensor, _mlp_width(config) / tensor
     spread = min(share.sizes["expert"], config.mesh.capacity_factor or share.sizes["expert"])
     width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * spread
     if model.num_experts and spread > 1:

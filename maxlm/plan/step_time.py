@@ -15,19 +15,34 @@ from maxlm.flops import attention_flops_per_token
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_dims
 from maxlm.parameters import parameters
-from maxlm.plan.memory import MOMENTS, SIZES, Share, logit_parts
+from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, stacked_bytes
 
-PRODUCTS = 1.03
-"""Time of a product of large matrices on a TPU over that at its peak, by the compiler's cycles: those of an MLP of D
-2048 and F 8192, with 4096 tokens, on v5e."""
+PRODUCTS = {
+    "TPU v6e": 1.3,
+    "A100 40GB": 1.15,
+    "A100 80GB": 1.15,
+    "H100": 1.25,
+    "H200": 1.25,
+    "B200": 1.29,
+    "MI300X": 1.95,
+}
+"""Time of a product of large matrices over that at the chip's peak; 1.03 where none is given. On TPUs by the compiler's
+cycles: those of an MLP of D 2048 and F 8192. On GPUs, which lower their clock under load, of the best shape of a sweep:
+github.com/stas00/ml-engineering, "Maximum Achievable Matmul FLOPS" (271.2, 794.5, 1745 and 668.4 TFLOP/s)."""
 INT8 = {"TPU v5e": 0.62, "TPU v5p": 0.59, "TPU v6e": 0.91}
 """Time of a layer's products in int8 over that in bf16 (docs/quantization.md); elsewhere int8 is no faster."""
 KERNELS = {True: 0.22, False: 0.5}
 """Share of the peak that attention reaches where no schedule is known, on TPUs (as where it is) and on GPUs."""
-BYTES_PER_D, BYTES_PER_Q = 52.0, 62.0
-"""Bytes that a layer moves per token, forward, forward again and backward, for each feature of the residual stream and
-of the heads: norms, sums, rotations, copies between layouts; counted from that program."""
-LANES = 128
+BYTES_PER_D, BYTES_PER_Q = (8.0, 27.0), (20.0, 45.0)
+"""Bytes that a layer moves per token, in a forward pass and in the backward one, for each feature of the residual
+stream and of the heads: norms, sums, rotations, copies between layouts; from the cycles of that program."""
+CYCLES_PER_Q = (0.04, 0.08)
+"""The second in a TPU core's cycles: what heads ask for are mostly copies between layouts, which memory does not slow.
+"""
+UNFUSED = 2.5
+"""The first of them where sums over the tensor axis part norms and additions from the products beside them."""
+STACKED = 7.0
+"""Times that an array which a scan keeps for the backward pass goes through memory: copied in, and out again."""
 GPUS_PER_NODE = 8
 """Joined by NVLink or its like; what is between nodes is not known."""
 STAND_IN = 10e9
@@ -81,8 +96,9 @@ def predict_step_time(config: Config, sizes: Mapping[str, int], chip: Chip, toru
     """
     share, micro, stages = Share(config, sizes), config.train.grad_accum, sizes["stage"]
     quantized = INT8.get(chip.name, 1.0) if config.quant.mode == "int8" else 1.0
-    layers = PRODUCTS * micro * share.layers * _layer_products(share) / chip.bf16_flops * quantized
-    head = PRODUCTS * micro * _head_products(share) / chip.bf16_flops
+    slower = PRODUCTS.get(chip.name, 1.03)
+    layers = slower * micro * share.layers * _layer_products(share) / chip.bf16_flops * quantized
+    head = slower * micro * _head_products(share) / chip.bf16_flops
     attention, memory = _attention(config, sizes, chip), _memory(share, chip)
     idle = (stages - 1) / (config.mesh.rounds * micro) if stages > 1 else 0.0
     bubble = idle * (layers + attention + micro * share.layers * _layer_memory(share, chip))
@@ -139,7 +155,13 @@ def _attention(config: Config, sizes: Mapping[str, int], chip: Chip) -> float:
 def _layer_memory(share: Share, chip: Chip) -> float:
     model = share.config.model
     heads = model.num_heads * model.head_size * max(1.0, LANES / model.head_size) / share.sizes["tensor"]
-    return share.tokens * (BYTES_PER_D * model.d_model + BYTES_PER_Q * heads) / chip.hbm_bytes_per_s
+    forwards = 1 if share.config.train.remat == "none" and share.sizes["stage"] == 1 else 2
+    d, q, cycles = (forwards * forward + backward for forward, backward in (BYTES_PER_D, BYTES_PER_Q, CYCLES_PER_Q))
+    d *= UNFUSED if share.sizes["tensor"] > 1 else 1
+    of_heads = q / chip.hbm_bytes_per_s
+    if chip.flops_per_cycle:
+        of_heads = cycles * chip.flops_per_cycle / chip.bf16_flops / chip.cores
+    return share.tokens * (d * model.d_model / chip.hbm_bytes_per_s + of_heads * heads)
 
 
 def _memory(share: Share, chip: Chip) -> float:
@@ -152,7 +174,9 @@ def _memory(share: Share, chip: Chip) -> float:
     sums = resting * 3 * kept * (micro - 1)
     split = share.sizes["tensor"] * share.sizes["stage"]
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
-    return micro * share.layers * _layer_memory(share, chip) + (update + casts + sums + logits) / chip.hbm_bytes_per_s
+    stacked = STACKED * micro * stacked_bytes(share)
+    others = update + casts + sums + logits + stacked
+    return micro * share.layers * _layer_memory(share, chip) + others / chip.hbm_bytes_per_s
 
 
 # ---- what crosses wires
