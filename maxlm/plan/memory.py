@@ -189,6 +189,12 @@ def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
     return policies["full" if share.sizes["stage"] > 1 else config.train.remat]
 
 
+def routed_rows(share: Share) -> float:
+    """Rows of a microbatch that routed experts have room for: with an expert axis, for the worst case or the capacity."""
+    spread = min(share.sizes["expert"], share.config.mesh.capacity_factor or share.sizes["expert"])
+    return share.tokens * (share.config.model.experts_per_token or 0) * spread
+
+
 def stacked_bytes(share: Share) -> float:
     """Bytes that the scans over the layers keep for a microbatch by a copy; hidden features are written by products."""
     config = share.config
@@ -233,7 +239,7 @@ def _layer(share: Share) -> float:
     config, model = share.config, share.config.model
     tensor, size, count = share.sizes["tensor"], SIZES[model.dtype], len(model.main_pattern)
     Q, F = model.num_heads * max(LANES, model.head_size) / tensor, _mlp_width(config) / tensor
-    spread = min(share.sizes["expert"], config.mesh.capacity_factor or share.sizes["expert"])
+    spread = routed_rows(share) / share.tokens / (model.experts_per_token or 1) or 1
     width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * spread
     if model.num_experts and spread > 1:
         width += 2 * (model.experts_per_token or 0) * model.d_model * spread

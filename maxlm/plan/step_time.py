@@ -15,7 +15,7 @@ from maxlm.flops import attention_flops_per_token
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_dims
 from maxlm.parameters import parameters
-from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, stacked_bytes
+from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, routed_rows, stacked_bytes
 
 PRODUCTS = {
     "TPU v6e": 1.3,
@@ -36,9 +36,11 @@ KERNELS = {True: 0.22, False: 0.5}
 BYTES_PER_D, BYTES_PER_Q = (8.0, 27.0), (20.0, 45.0)
 """Bytes that a layer moves per token, in a forward pass and in the backward one, for each feature of the residual
 stream and of the heads: norms, sums, rotations, copies between layouts; from the cycles of that program."""
-CYCLES_PER_Q = (0.04, 0.08)
+CYCLES_PER_Q, CYCLES_PER_HOP = (0.04, 0.08), (0.135, 0.18)
 """The second in a TPU core's cycles: what heads ask for are mostly copies between layouts, which memory does not slow.
-"""
+And what each further shard of a context ring adds to them: its parts of the sums are put together in float32."""
+BYTES_PER_ROUTED = 54.0
+"""Bytes per hidden feature of every row that routed experts have room for, all passes together, on v5e."""
 UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
@@ -156,12 +158,15 @@ def _layer_memory(share: Share, chip: Chip) -> float:
     model = share.config.model
     heads = model.num_heads * model.head_size * max(1.0, LANES / model.head_size) / share.sizes["tensor"]
     forwards = 1 if share.config.train.remat == "none" and share.sizes["stage"] == 1 else 2
-    d, q, cycles = (forwards * forward + backward for forward, backward in (BYTES_PER_D, BYTES_PER_Q, CYCLES_PER_Q))
+    costs = (BYTES_PER_D, BYTES_PER_Q, CYCLES_PER_Q, CYCLES_PER_HOP)
+    d, q, cycles, hop = (forwards * forward + backward for forward, backward in costs)
     d *= UNFUSED if share.sizes["tensor"] > 1 else 1
     of_heads = q / chip.hbm_bytes_per_s
     if chip.flops_per_cycle:
-        of_heads = cycles * chip.flops_per_cycle / chip.bf16_flops / chip.cores
-    return share.tokens * (d * model.d_model / chip.hbm_bytes_per_s + of_heads * heads)
+        of_heads = (cycles + hop * (share.sizes["context"] - 1)) * chip.flops_per_cycle / chip.bf16_flops / chip.cores
+    routed = BYTES_PER_ROUTED * routed_rows(share) * model.expert_width / share.sizes["tensor"]
+    routed *= model.num_expert_layers / model.num_layers
+    return share.tokens * of_heads * heads + (share.tokens * d * model.d_model + routed) / chip.hbm_bytes_per_s
 
 
 def _memory(share: Share, chip: Chip) -> float:
