@@ -190,7 +190,7 @@ def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
 
 
 def routed_rows(share: Share) -> float:
-    """Rows of a microbatch that routed experts have room for: with an expert axis, for the worst case or the capacity."""
+    """Rows of a microbatch that routed experts have room for: for the worst case, or the capacity."""
     spread = min(share.sizes["expert"], share.config.mesh.capacity_factor or share.sizes["expert"])
     return share.tokens * (share.config.model.experts_per_token or 0) * spread
 
@@ -208,8 +208,8 @@ def _keeps_gathered(share: Share) -> bool:
 
 
 def _gathered_layers(share: Share) -> float:
-    found = parameters(share.config.model)
-    return SIZES[share.config.model.dtype] * sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
+    model = share.config.model
+    return SIZES[model.dtype] * sum(share.in_use(path, p) for path, p in parameters(model).items() if "layers/" in path)
 
 
 def _mlp_width(config: Config, kept: bool = False) -> int:
