@@ -18,6 +18,7 @@ from maxlm.parameters import parameters
 from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, routed_rows, stacked_bytes
 
 PRODUCTS = {
+    "TPU v5p": 1.065,
     "TPU v6e": 1.3,
     "A100 40GB": 1.15,
     "A100 80GB": 1.15,
@@ -27,8 +28,9 @@ PRODUCTS = {
     "MI300X": 1.95,
 }
 """Time of a product of large matrices over that at the chip's peak; 1.03 where none is given. On TPUs by the compiler's
-cycles: those of an MLP of D 2048 and F 8192. On GPUs, which lower their clock under load, of the best shape of a sweep:
-github.com/stas00/ml-engineering, "Maximum Achievable Matmul FLOPS" (271.2, 794.5, 1745 and 668.4 TFLOP/s)."""
+cycles: an MLP's of D 2048 and F 8192, on v5p of 4096 and 11008. On GPUs, which lower their clock under load, of the
+best shape of a sweep: github.com/stas00/ml-engineering, "Maximum Achievable Matmul FLOPS" (271.2, 794.5, 1745 and
+668.4 TFLOP/s)."""
 INT8 = {"TPU v5e": 0.62, "TPU v5p": 0.59, "TPU v6e": 0.91}
 """Time of a layer's products in int8 over that in bf16 (docs/quantization.md); elsewhere int8 is no faster."""
 KERNELS = {True: 0.22, False: 0.5}
