@@ -19,7 +19,7 @@ SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 MOMENTS = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0}
 """Copies of the parameters that an optimizer keeps; adafactor's rows and columns are small beside them."""
 LANES = 128
-"""Smaller heads are filled up to so many features."""
+"""Features of an array's last dimension in memory come in so many, on TPUs."""
 REPLICAS = ("slice", "data", "fsdp", "expert")
 """Logical axes over which sequences are split."""
 
@@ -125,8 +125,9 @@ class Share:
         return math.prod(parameter.shape[: len(parameter.shape) - len(parameter.dims)])
 
     def _own(self, parameter: Parameter, whole: str) -> float:
-        split = (self._split(d) for d in parameter.dims if d not in whole)
-        return math.prod(parameter.own) / math.prod(split)
+        shape = [n / (1 if d in whole else self._split(d)) for d, n in zip(parameter.dims, parameter.own, strict=True)]
+        filled = min(math.ceil(n / LANES) * LANES / n for n in shape) if len(shape) > 1 else 1  # the best of layouts
+        return math.prod(shape) * filled
 
     def _split(self, letter: str) -> int:
         axis = PARAM[letter]
@@ -249,12 +250,11 @@ def _layer(share: Share) -> float:
 
 
 def _head(share: Share) -> float:
-    """The loss: float32 logits of the vocabulary's part that is in memory, and the gathered projection."""
-    model = share.config.model
-    table, split = model.padded_vocab * model.d_model, share.sizes["tensor"] * share.sizes["stage"]
-    logits = share.tokens * model.padded_vocab / split
-    projection = 2 * SIZES[model.dtype] * table / share.sizes["tensor"]
-    return 4 * logits / logit_parts(share) + projection + 2 * SIZES[model.dtype] * share.tokens * model.d_model
+    """The loss: float32 logits of the vocabulary's part that is in memory, and that part of the projection, gathered."""
+    model, size = share.config.model, SIZES[share.config.model.dtype]
+    logits = share.tokens * model.padded_vocab / (share.sizes["tensor"] * share.sizes["stage"])
+    projection = 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
+    return (4 * logits + projection) / logit_parts(share) + 2 * size * share.tokens * model.d_model
 
 
 def logit_parts(share: Share) -> int:
