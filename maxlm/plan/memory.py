@@ -250,7 +250,7 @@ def _layer(share: Share) -> float:
 
 
 def _head(share: Share) -> float:
-    """The loss: float32 logits of the vocabulary's part that is in memory, and that part of the projection, gathered."""
+    """The loss: float32 logits of the vocabulary's part that is in memory, and of the projection, gathered."""
     model, size = share.config.model, SIZES[share.config.model.dtype]
     logits = share.tokens * model.padded_vocab / (share.sizes["tensor"] * share.sizes["stage"])
     projection = 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
