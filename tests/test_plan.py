@@ -12,9 +12,9 @@ from maxlm.mesh import axis_sizes, check_fit, make_mesh
 from maxlm.parameters import parameters
 from maxlm.plan.compile import Compiled
 from maxlm.plan.memory import Share, predict_memory
-from maxlm.plan.planner import target
 from maxlm.plan.search import Place, search
 from maxlm.plan.step_time import axis_seconds, predict_step_time
+from maxlm.plan.targets import target
 from maxlm.step import build_program
 
 MODEL = {"vocab_size": 256, "num_layers": 4, "d_model": 64, "d_ff": 128, "num_heads": 4, "num_kv_heads": 2}
@@ -153,7 +153,7 @@ def test_what_is_found_fits_and_divides(machine, name, overrides):
     where, path = target(machine), f"configs/{name}.yaml"
     config = load_config(path, overrides)
     plans = search(config, where.place)
-    assert plans == sorted(plans, key=lambda plan: plan.time.rank) and len(plans) > 20
+    assert plans == sorted(plans, key=lambda plan: plan.rank) and len(plans) > 20
     for plan in plans[::7]:
         assert math.prod(plan.sizes.values()) == where.place.num_devices
         assert plan.memory.peak <= where.place.chip.hbm_bytes
@@ -172,7 +172,7 @@ def test_a_step_of_the_fastest_plan_is_no_slower_than_of_any_mesh_by_hand():
 
 
 def test_a_model_that_no_mesh_divides_is_refused():
-    config = small("train.batch_size=3", d_model=66, num_heads=3, num_kv_heads=3)
+    config = small("train.batch_size=3", "train.seq_len=125", d_model=66, num_heads=3, num_kv_heads=3)
     with pytest.raises(ConfigError, match="no mesh of 16 devices divides this model and batch: "):
         search(config, target("v5e-16").place)
 
@@ -253,11 +253,6 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert code == 2 and out == "" and last.startswith("error: ") and sentence in last
 
 
-def test_a_model_that_does_not_fit_is_told_what_would_do(capsys):
-    _, _, err = plan(capsys, "--on", "v5e-1")
-    assert "v5litepod-4 would do, 4 chips" in err or "v5litepod-8 would do, 8 chips" in err
-
-
 def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, monkeypatch):
     told = iter([Compiled(None, "it does not fit", 1.0), None, None])
 
@@ -281,6 +276,7 @@ def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, m
     assert "the compiler refuses the 5 best plans, the last one because: too large" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_if_prices_the_alternatives_side_by_side(capsys):
     options = ["--what-if", "--kept-tokens", "0.5", "--teacher", "configs/llama3_8b.yaml", "--distilled-tokens", "0.1"]
     code, out, _ = plan(capsys, "--on", "v5e-16", "--json", "--top", "1", *options)

@@ -30,8 +30,8 @@ from maxlm.config_file import load_config, parse_config
 from maxlm.mesh import axis_sizes
 from maxlm.plan.compile import compile_on
 from maxlm.plan.memory import predict_memory
-from maxlm.plan.planner import target
 from maxlm.plan.step_time import predict_step_time
+from maxlm.plan.targets import target
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MEMORY_MEAN, MEMORY_MOST, TIME_MEAN = 0.05, 0.12, 0.10

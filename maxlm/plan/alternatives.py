@@ -11,9 +11,9 @@ from maxlm.flops import num_params, train_flops_per_token
 from maxlm.plan import what_if
 from maxlm.plan.laws import Law
 from maxlm.plan.money import Terms, totals
-from maxlm.plan.planner import Target
-from maxlm.plan.search import ROOM, search
+from maxlm.plan.search import search
 from maxlm.plan.table import SLOWER, aligned, between
+from maxlm.plan.targets import Target
 from maxlm.plan.what_if import Alternative
 
 
@@ -76,7 +76,7 @@ def priced(config: Config, found: Sequence[Alternative], where: Target, terms: T
             best = search(changed, where.place)[0]
         except ConfigError:
             best = None
-        if best is None or best.memory.peak > ROOM * where.place.chip.hbm_bytes:
+        if best is None or not where.place.fits(best.memory):
             rows.append(Priced(way, None, slower, ()))
             continue
         stretch = way.flops_per_token / train_flops_per_token(way.model, train.seq_len)

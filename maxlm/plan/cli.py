@@ -19,10 +19,11 @@ PLAN_EXAMPLES = """examples:
   maxlm plan configs/llama3_70b.yaml --on 4xv5p-512 --deadline 30d --budget 5e6 --prices mine.csv
   maxlm plan configs/1b.yaml --on v5e-16 --write planned.yaml   then: maxlm train planned.yaml
 
-The mesh, the microbatches and the remat policy are searched; model, batch and optimizer stay as the config says. The
-best are compiled by the real TPU compiler (pip install 'maxlm[plan]'), which runs on this machine's CPU: a minute or
-more each. GPUs are planned by formulas alone. Ranges: what the figures say, and 1.5 times as long (GPUs: twice), for
-what they leave out. Names: v5p-128 (64 chips: cores are counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (slices)."""
+The mesh, the microbatches and the remat policy are searched; model and batch stay as the config says and, without
+--numerics, the types of optimizer state and products. The best are compiled by the real TPU compiler (pip install
+'maxlm[plan]'), which runs on this machine's CPU: a minute or more each. GPUs are planned by formulas alone. Ranges:
+what the figures say, and 1.5 times as long (GPUs: twice), for what they leave out. Names: v5p-128 (64 chips: cores are
+counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices)."""
 COMPILE_EXAMPLES = """examples:
   maxlm compile configs/1b.yaml --on v5e-16
   maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots"""
@@ -47,6 +48,13 @@ def add_parser(subparsers: Any) -> None:
     add("--budget", metavar="USD", help="leave out what costs more")
     add("--top", type=int, default=3, metavar="N", help="plans to show for each machine (3)")
     add("--compile", type=int, default=2, metavar="N", help="plans to compile for each TPU machine (2); 0 for none")
+    add(
+        "--numerics",
+        nargs="?",
+        const="state_dtype,quant",
+        metavar="NAMES",
+        help="also choose the type of the optimizer's state and of products: state_dtype, quant or both (both)",
+    )
     add("--what-if", action="store_true", help="also price int8 products, smaller models and the like, by formulas")
     add("--law", default="chinchilla", metavar="NAME", help="that tells their losses (chinchilla); see `maxlm scaling`")
     add("--scaling", nargs="+", metavar="RUN", help="fit that law to these runs instead")
@@ -76,41 +84,60 @@ def _plan(args: argparse.Namespace) -> int:
         overrides += ["train.steps=null", f"train.tokens={tokens}"]
     config = load_config(args.config, overrides)
     _on_cpu()
-    from maxlm.plan import alternatives, planner, prices, table
-    from maxlm.plan.money import Terms
+    from maxlm.plan import alternatives, planner, table
 
-    extra = prices.read_prices(args.prices) if args.prices else []
-    if args.price_kind not in prices.KINDS:
-        raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    targets = [planner.target(name) for name in dict.fromkeys(args.on)]
-    if args.compile and not planner.has_compiler():
-        say("the TPU compiler is not here (pip install 'maxlm[plan]'): all rows are by formulas alone")
-    rows, notes, found = [], dict[str, None](), dict[str, Terms]()
-    for where in targets:
-        price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
-        notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
-        if price is not None and (old := prices.stale(price, datetime.date.today())):
-            notes[old] = None
-        found[where.name] = terms = Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)
-        rows += planner.plan_rows(config, where, terms, args.top, args.compile, say)
-    rows = planner.nearest(rows, deadline_s, budget)
+    asked, notes = _asked(args)
+    found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
+    rows = planner.nearest(found.rows, deadline_s, budget)
     rows.sort(key=lambda row: (row.low["usd"] is None, row.low["usd"] or row.low["days"]))
+    notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
     seconds = time.monotonic() - started
-    others = _others(args, config, targets[0], found[targets[0].name]) if args.what_if else []
+    others = _others(args, config, *asked[0]) if args.what_if else []
     if args.json:
-        result = {"seconds": seconds, "notes": list(notes), "plans": [row.as_json() for row in rows]}
+        result = {"seconds": seconds, "notes": notes, "gains": found.gains, "plans": [row.as_json() for row in rows]}
         print(json.dumps({**result, "what_if": [alternatives.as_json(row) for row in others]}))
     else:
         print("\n".join([table.show(rows), *notes]))
         if others:
-            print(alternatives.show(others, targets[0].name))
+            print(alternatives.show(others, asked[0][0].name))
         command = f"maxlm train {shlex.join([args.config, *overrides, *rows[0].plan.overrides])}"
         print(f"planned in {units.duration(seconds)}; to run the first:\n  {command}")
     if args.write:
         with open(args.write, "x", encoding="utf-8") as file:
             file.write(to_yaml(rows[0].plan.config))
     return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """Each machine with what it costs (Target, Terms), and what is to be said of prices."""
+    from maxlm.plan import prices
+    from maxlm.plan.money import Terms
+    from maxlm.plan.targets import target
+
+    if args.price_kind not in prices.KINDS:
+        raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
+    extra = prices.read_prices(args.prices) if args.prices else []
+    asked, notes = [], dict[str, None]()
+    for where in map(target, dict.fromkeys(args.on)):
+        price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
+        notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
+        if price is not None and (old := prices.stale(price, datetime.date.today())):
+            notes[old] = None
+        asked.append((where, Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)))
+    return asked, list(notes)
+
+
+def _numerics(args: argparse.Namespace) -> tuple[str, ...]:
+    from maxlm.plan.search import NUMERICS
+
+    names = tuple(filter(None, (args.numerics or "").split(",")))
+    if wrong := [name for name in names if name not in NUMERICS]:
+        raise ConfigError(f"--numerics {wrong[0]} is none of {', '.join(NUMERICS)}; name one, both, or none for both")
+    return names
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,7 +172,7 @@ def _compile(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     _on_cpu()
     from maxlm import bench
-    from maxlm.plan.planner import target
+    from maxlm.plan.targets import target
 
     where = target(args.on)
     if where.topology is None:

@@ -2,81 +2,20 @@
 
 import importlib.util
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
-from maxlm import hardware
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
-from maxlm.machines import Machine, machine, name_of
+from maxlm.plan.advice import gains, misfit, would_do
 from maxlm.plan.compile import Compiled, compile_on
 from maxlm.plan.money import Terms, totals
-from maxlm.plan.search import ROOM, Place, Plan, search
+from maxlm.plan.search import Plan, search
 from maxlm.plan.table import SLOWER, Row
+from maxlm.plan.targets import Target
 
 MORE_TRIES = 4
 """Plans that are compiled beside those asked for, where some do not fit."""
-TOPOLOGIES = {"TPU v4": "v4", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
-"""How jax names slices, before their shape."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A machine to plan for.
-
-    Attributes:
-        machine: one slice, or all GPUs.
-        place: its devices.
-    """
-
-    machine: Machine
-    place: Place
-
-    @property
-    def name(self) -> str:
-        """As the user may write it."""
-        count = self.place.num_slices
-        return f"{count}x{self.machine.name}" if count > 1 else self.machine.name
-
-    @property
-    def num_chips(self) -> int:
-        """Of all slices."""
-        return self.machine.num_chips * self.place.num_slices
-
-    @property
-    def whole_chip(self) -> hardware.Chip:
-        """What is paid for, of which a device may be a part."""
-        chip = hardware.named(self.machine.chip or "")
-        assert chip
-        return chip
-
-    @property
-    def topology(self) -> str | None:
-        """As jax names it; None where there is no compiler for it."""
-        known = TOPOLOGIES.get(self.machine.chip or "")
-        return f"{known}:{self.machine.shape}" if known and self.machine.kind == "tpu" else None
-
-
-def target(name: str) -> Target:
-    """A machine by its name, of several slices where that begins with their number: 4xv5p-512.
-
-    Raises:
-        ConfigError: there is none, or nothing is known of its chips.
-    """
-    match = re.fullmatch(r"(\d{1,4})x(.+)", name)
-    count, own = (int(match[1]), match[2]) if match else (1, name)
-    found = machine(own)
-    chip = hardware.named(found.chip) if found.chip else None
-    if count < 1:
-        raise ConfigError(f"--on {name}: that is no slice at all; {own} is one")
-    if chip is None:
-        raise ConfigError(f"--on {name}: there are no figures of its chips, so nothing can be planned for it")
-    if found.tpu is None:
-        return Target(found, Place(chip, (found.num_chips,), count))
-    shape, each = tuple(map(int, (found.shape or "").split("x"))), found.tpu.devices
-    torus = (*shape, each) if each > 1 else shape
-    return Target(found, Place(chip.part(1 / each), torus, count))
 
 
 def has_compiler() -> bool:
@@ -84,30 +23,77 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def plan_rows(
-    config: Config, where: Target, terms: Terms, num_rows: int, num_compiled: int, say: Callable[[str], None]
-) -> list[Row]:
-    """The best plans for a machine.
+@dataclass(frozen=True)
+class Planned:
+    """What was found on several machines.
+
+    Attributes:
+        rows: the best plans of each.
+        gains: what the numbers that may not change would save (advice.gains), by machine.
+        unfit: of each machine without rows, why.
+    """
+
+    rows: list[Row]
+    gains: dict[str, dict[str, float]]
+    unfit: list[str]
+
+
+def plan_machines(
+    config: Config,
+    asked: Sequence[tuple[Target, Terms]],
+    num_rows: int,
+    num_compiled: int,
+    say: Callable[[str], None],
+    numerics: Collection[str] = (),
+) -> Planned:
+    """The best plans for machines.
 
     Args:
         config: the run; its own mesh, microbatches and remat policy do not count.
-        where: the machine.
-        terms: what the user says of costs.
-        num_rows: rows to return, at most.
-        num_compiled: plans that are compiled, at most; none for GPUs.
+        asked: machines, with what the user says of their costs.
+        num_rows: rows of each, at most.
+        num_compiled: plans of each that are compiled, at most; none for GPUs.
         say: hears what is going on.
+        numerics: names of search.NUMERICS that may change.
 
     Raises:
-        ConfigError: no mesh divides the model and the batch, or the model fits on none.
+        ConfigError: on no machine does a mesh divide the model and the batch, and the model fit; says why of each.
     """
-    plans = search(config, where.place)
-    limit = where.place.chip.hbm_bytes
-    if plans[0].memory.peak > ROOM * limit:
-        raise ConfigError(_misfit(config, where, plans[0]))
-    say(f"{where.name}: {len(plans):,} ways fit by formulas")
-    plans, topology = _different(plans), where.topology
-    if topology is None or not num_compiled or not has_compiler():
-        return [_row(where, plan, None, terms) for plan in plans[:num_rows]]
+    if num_compiled and not has_compiler():
+        say("the TPU compiler is not here (pip install 'maxlm[plan]'): all rows are by formulas alone")
+    found = Planned([], {}, [])
+    for where, terms in asked:
+        try:
+            plans = _fitting(config, where, numerics)
+            say(f"{where.name}: {len(plans):,} ways fit by formulas")
+            if where.topology is None or not num_compiled or not has_compiler():
+                rows = [_row(where, plan, None, terms) for plan in _different(plans)]
+            else:
+                rows = _compiled_rows(where, where.topology, _different(plans), terms, num_compiled, say)
+        except ConfigError as error:
+            found.unfit.append(str(error))
+            continue
+        found.rows.extend(rows[:num_rows])
+        found.gains[where.name] = gains(config, where.place, plans[0], numerics)
+    if not found.rows:
+        raise ConfigError("\n".join(found.unfit))
+    return found
+
+
+def _fitting(config: Config, where: Target, numerics: Collection[str]) -> list[Plan]:
+    try:
+        plans = search(config, where.place, numerics)
+    except ConfigError as error:
+        raise ConfigError(f"{where.name}: {error}{would_do(config, where, numerics)}") from None
+    if not where.place.fits(plans[0].memory):
+        raise ConfigError(misfit(config, where, plans[0], numerics))
+    return plans
+
+
+def _compiled_rows(
+    where: Target, topology: str, plans: Sequence[Plan], terms: Terms, num_compiled: int, say: Callable[[str], None]
+) -> list[Row]:
+    """Of the best plans that the compiler takes, then of those that it has not seen."""
     rows, problem, tried = list[Row](), "", 0
     for plan in plans[: num_compiled + MORE_TRIES]:
         if len(rows) == num_compiled:
@@ -122,8 +108,7 @@ def plan_rows(
     if not rows:
         raise ConfigError(f"{where.name}: the compiler refuses the {tried} best plans, the last one because: {problem}")
     rows.sort(key=lambda row: row.step_s)
-    rows += [_row(where, plan, None, terms) for plan in plans[tried:]]
-    return rows[:num_rows]
+    return rows + [_row(where, plan, None, terms) for plan in plans[tried:]]
 
 
 def _different(plans: Sequence[Plan]) -> list[Plan]:
@@ -149,33 +134,6 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         totals(plan.config, where.whole_chip, where.num_chips, step_s * factor, terms) for factor in (1, slower)
     )
     return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, step_s, low, slower, high)
-
-
-def _misfit(config: Config, where: Target, least: Plan) -> str:
-    """Why nothing fits, and what would."""
-    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in least.memory.parts().items())
-    text = (
-        f"{where.name}: the model does not fit: the leanest plan ({' '.join(least.overrides)}) needs "
-        f"{least.memory.peak / 2**30:.1f} GiB on a chip of {where.place.chip.hbm_bytes / 2**30:.0f} ({parts})"
-    )
-    tpu = where.machine.tpu
-    larger = [name_of(tpu, shape) for shape in tpu.shapes] if tpu else [f"{_kind(where)}:{2**n}" for n in range(12)]
-    for name in larger:
-        other = target(name)
-        other = replace(other, place=replace(other.place, num_slices=where.place.num_slices))
-        if other.place.num_devices <= where.place.num_devices:
-            continue
-        try:
-            found = search(config, other.place)[0]
-        except ConfigError:
-            continue
-        if found.memory.peak <= ROOM * other.place.chip.hbm_bytes:
-            return f"{text}; {name} would do, {other.num_chips} chips"
-    return f"{text}; no {'slice' if tpu else 'number of GPUs'} of this kind would do with this batch"
-
-
-def _kind(where: Target) -> str:
-    return where.machine.name.partition(":")[0]
 
 
 def nearest(rows: Sequence[Row], deadline_s: float | None, budget_usd: float | None) -> list[Row]:

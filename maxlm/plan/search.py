@@ -1,22 +1,42 @@
-"""Which mesh, microbatch and remat policy: every one that fits a machine, the fastest first, before any is compiled."""
+"""Which mesh, microbatch and remat policy: every one that fits a machine, the fastest first, before any is compiled.
 
+On demand also what changes the numbers of a run: the type of the optimizer's state, and quantized products.
+"""
+
+import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from maxlm.config import Config
+from maxlm.config import AXES, Config
 from maxlm.config_file import ConfigError, parse_config
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
 from maxlm.plan.memory import REPLICAS, Memory, predict_memory
-from maxlm.plan.step_time import StepTime, predict_step_time
+from maxlm.plan.step_time import INT8, StepTime, predict_step_time
 
 REMAT = ("none", "minimal", "dots", "attention", "full", "offload")
 REMAT_WITHOUT_SPLASH = ("none", "dots", "full")
 """The others are these, or are for TPUs (model/stack.py)."""
 MOST_TENSOR, MOST_STAGES, MOST_CONTEXT, MOST_MICROBATCHES = 16, 16, 16, 64
+ROUNDS = (1, 2, 4)
+"""Shares of layers that a pipeline's stage may have."""
 LONG = 16_384
-"""Tokens of a sequence from which splitting it is looked at."""
+"""Tokens of a sequence from which splitting it is looked at, and not only where nothing else fits."""
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+"""Types of the optimizer's state, the widest first."""
+NUMERICS = {"state_dtype": ("optim", "state_dtype"), "quant": ("quant", "mode")}
+"""What may change the numbers of a run, by the name that the user gives it: section and field."""
+WORTH = 1.01
+"""A step has to be so many times as long before the numbers of a run are changed for it."""
+SEARCHED = {
+    "mesh": ("slices", *AXES, "rounds", "allowed", "fake_devices"),
+    "train": ("grad_accum", "remat"),
+    **{section: (field,) for section, field in NUMERICS.values()},
+}
+"""Fields that plans may set, by section."""
+_NUMBERS = tuple(f"{section}.{field}=" for section, field in NUMERICS.values())
 ROOM = 0.95
 """Share of the memory that a plan may fill before it is compiled, for the prediction may err."""
 
@@ -40,6 +60,10 @@ class Place:
         """Of all slices."""
         return math.prod(self.torus) * self.num_slices
 
+    def fits(self, memory: Memory) -> bool:
+        """Whether a device has room for it."""
+        return memory.peak <= ROOM * self.chip.hbm_bytes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,90 +72,156 @@ class Plan:
     Attributes:
         overrides: what is set in the config for it.
         config: with them.
+        place: where.
         sizes: devices per logical axis.
         memory: on a device.
-        time: of a step.
     """
 
     overrides: tuple[str, ...]
     config: Config
+    place: Place
     sizes: Mapping[str, int]
     memory: Memory
-    time: StepTime
+
+    @functools.cached_property
+    def time(self) -> StepTime:
+        """Of a step."""
+        return predict_step_time(self.config, self.sizes, self.place.chip, self.place.torus)
+
+    @property
+    def rank(self) -> float:
+        """What plans are compared by: time, where other numbers than the config's have to be WORTH it."""
+        return self.time.rank * WORTH ** sum(text.startswith(_NUMBERS) for text in self.overrides)
 
 
-def search(config: Config, place: Place) -> list[Plan]:
+def search(config: Config, place: Place, numerics: Collection[str] = ()) -> list[Plan]:
     """All ways that were found to run a config: those that fit, the fastest first; if none does, the leanest first.
 
-    The global batch, the model and its numbers stay: what is looked for are mesh, microbatches and remat policy.
+    The global batch and the model stay: what is looked for are mesh, microbatches and remat policy. Sequences that are
+    not LONG are split where nothing fits otherwise.
+
+    Args:
+        config: the run.
+        place: where.
+        numerics: names of NUMERICS that may change as well; the others stay as they are, too.
 
     Raises:
         ConfigError: no mesh divides model and batch.
     """
     found, refused = list[Plan](), "no number of microbatches does"
-    policies = REMAT if place.chip.name.startswith("TPU") else REMAT_WITHOUT_SPLASH
-    for mesh in meshes(config, place):
-        for remat in ("full",) if mesh["stage"] > 1 else policies:
-            plans = list[Plan]()
-            try:
-                plans += [_plan(config, place, mesh, grad_accum, remat) for grad_accum in microbatches(config, mesh)]
-                if plans:  # what stands in a config together is checked where it is read; model_copy does not
-                    parse_config(plans[0].config.model_dump(mode="json"))
-            except ConfigError as error:
-                refused = str(error)
-                continue
-            found += plans
+    for split in (False, True) if config.train.seq_len < LONG else (True,):
+        for own in variants(config, place.chip, numerics):
+            for mesh in meshes(own, place, split):
+                plans, problem = _with_mesh(config, own, place, mesh)
+                found, refused = found + plans, problem or refused
+        if fitting := [plan for plan in found if place.fits(plan.memory)]:
+            return sorted(fitting, key=lambda plan: plan.rank)
     if not found:
         raise ConfigError(f"no mesh of {place.num_devices} devices divides this model and batch: {refused}")
-    fitting = [plan for plan in found if plan.memory.peak <= ROOM * place.chip.hbm_bytes]
-    return sorted(fitting, key=lambda plan: plan.time.rank) or sorted(found, key=lambda plan: plan.memory.peak)
+    return sorted(found, key=lambda plan: plan.memory.peak)
 
 
-def meshes(config: Config, place: Place) -> Iterator[dict[str, int]]:
-    """Sizes of the logical axes of a slice that may make sense, as mesh.* fields."""
+def variants(config: Config, chip: Chip, numerics: Collection[str]) -> list[Config]:
+    """The config, and what becomes of it with other numbers that a chip may gain from.
+
+    Args:
+        config: the run.
+        chip: what one device can do. int8 products are tried where the formulas know a gain.
+        numerics: names of NUMERICS that may change.
+    """
+    state, mode = config.optim.state_dtype, config.quant.mode
+    choices = {
+        "state_dtype": STATE_DTYPES[STATE_DTYPES.index(state) :],
+        "quant": ("none", "int8") if mode == "none" and chip.name in INT8 else (mode,),
+    }
+    own = {"state_dtype": (state,), "quant": (mode,)}
+    return [
+        config.model_copy(
+            update={
+                "optim": config.optim.model_copy(update={"state_dtype": state_dtype}),
+                "quant": config.quant.model_copy(update={"mode": quant}),
+            }
+        )
+        for state_dtype, quant in itertools.product(
+            *((choices if name in numerics else own)[name] for name in NUMERICS)
+        )
+    ]
+
+
+def meshes(config: Config, place: Place, split: bool) -> Iterator[dict[str, int]]:
+    """Sizes of the logical axes of a slice that may make sense, as mesh.* fields.
+
+    Args:
+        config: the run.
+        place: where.
+        split: sequences may be.
+    """
     model, per_slice = config.model, math.prod(place.torus)
     experts = _divisors(model.num_experts) if model.num_experts else [1]
-    contexts = [n for n in _divisors(per_slice) if n <= MOST_CONTEXT] if config.train.seq_len >= LONG else [1]
+    contexts = [n for n in _divisors(per_slice) if n <= MOST_CONTEXT] if split else [1]
     for tensor in (n for n in _divisors(per_slice) if n <= MOST_TENSOR):
         for stage in (n for n in _divisors(per_slice // tensor) if n <= min(MOST_STAGES, model.num_repeats)):
-            for context in contexts:
-                for expert in experts:
+            for rounds in [n for n in ROUNDS if n * stage <= model.num_repeats] if stage > 1 else [1]:
+                for context, expert in itertools.product(contexts, experts):
                     inner = tensor * stage * context * expert
                     if per_slice % inner:
                         continue
                     for fsdp in _divisors(per_slice // inner):
-                        data = per_slice // inner // fsdp
-                        sizes = {"data": data, "stage": stage, "fsdp": fsdp, "expert": expert}
-                        yield {"slices": place.num_slices, **sizes, "context": context, "tensor": tensor}
+                        sizes = {"data": per_slice // inner // fsdp, "stage": stage, "rounds": rounds, "fsdp": fsdp}
+                        yield {
+                            "slices": place.num_slices,
+                            **sizes,
+                            "expert": expert,
+                            "context": context,
+                            "tensor": tensor,
+                        }
 
 
 def microbatches(config: Config, mesh: Mapping[str, int]) -> list[int]:
     """Numbers of microbatches that the global batch can be cut into on a mesh."""
     rows = math.prod(mesh["slices" if axis == "slice" else axis] for axis in REPLICAS)
     whole = config.train.batch_size // rows if config.train.batch_size % rows == 0 else 0
-    if mesh["stage"] > 1:
-        return [n for n in _divisors(whole) if 2 * mesh["stage"] <= n <= MOST_MICROBATCHES]
-    return [n for n in _divisors(whole) if n <= MOST_MICROBATCHES]
+    found, stages, rounds = [n for n in _divisors(whole) if n <= MOST_MICROBATCHES], mesh["stage"], mesh["rounds"]
+    if stages == 1:
+        return found
+    # of several rounds each group of as many microbatches as stages goes through all, so part of a group idles
+    return [n for n in found if n * rounds >= 2 * stages and (rounds == 1 or n % stages == 0)]
 
 
-def _plan(config: Config, place: Place, mesh: Mapping[str, int], grad_accum: int, remat: str) -> Plan:
-    fields = {**mesh, "rounds": 1, "allowed": (), "fake_devices": None}
-    changed = config.model_copy(
+def _with_mesh(base: Config, own: Config, place: Place, mesh: Mapping[str, int]) -> tuple[list[Plan], str | None]:
+    """Plans with a mesh, by policies and microbatches, and what the last that cannot be was refused for."""
+    found, refused = list[Plan](), None
+    policies = REMAT if place.chip.name.startswith("TPU") else REMAT_WITHOUT_SPLASH
+    for remat in ("full",) if mesh["stage"] > 1 else policies:
+        try:
+            plans = [_plan(base, own, place, mesh, grad_accum, remat) for grad_accum in microbatches(own, mesh)]
+            if plans:  # what stands in a config together is checked where it is read; model_copy does not
+                parse_config(plans[0].config.model_dump(mode="json"))
+        except ConfigError as error:
+            refused = str(error)
+            continue
+        found += plans
+    return found, refused
+
+
+def _plan(base: Config, own: Config, place: Place, mesh: Mapping[str, int], grad_accum: int, remat: str) -> Plan:
+    """Args: base: what overrides are of. own: with its numbers."""
+    fields = {**mesh, "allowed": (), "fake_devices": None}
+    changed = own.model_copy(
         update={
-            "mesh": config.mesh.model_copy(update=fields),
-            "train": config.train.model_copy(update={"grad_accum": grad_accum, "remat": remat}),
+            "mesh": own.mesh.model_copy(update=fields),
+            "train": own.train.model_copy(update={"grad_accum": grad_accum, "remat": remat}),
         }
     )
     sizes = axis_sizes(changed.mesh, place.num_devices)
     check_fit(changed, sizes)
     overrides = [
-        f"{name}.{field}={_text(getattr(getattr(changed, name), field))}"
-        for name, among in (("mesh", fields), ("train", ("grad_accum", "remat")))
+        f"{section}.{field}={_text(getattr(getattr(changed, section), field))}"
+        for section, among in SEARCHED.items()
         for field in among
-        if getattr(getattr(changed, name), field) != getattr(getattr(config, name), field)
+        if getattr(getattr(changed, section), field) != getattr(getattr(base, section), field)
     ]
-    memory = predict_memory(changed, sizes)
-    return Plan(tuple(overrides), changed, sizes, memory, predict_step_time(changed, sizes, place.chip, place.torus))
+    return Plan(tuple(overrides), changed, place, sizes, predict_memory(changed, sizes))
 
 
 def _text(value: object) -> str:

@@ -99,6 +99,12 @@ def show(rows: Sequence[Row]) -> str:
     return "\n".join([*aligned(cells), *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
 
 
+def show_gains(machine: str, gains: Mapping[str, float]) -> str:
+    """A line on what other numbers would save (advice.gains)."""
+    told = "; ".join(f"{setting}: {share * 100:.0f} % cheaper" for setting, share in gains.items())
+    return f"{machine}: {told}; let plan choose with --numerics"
+
+
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as they have to be."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

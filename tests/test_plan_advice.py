@@ -1,0 +1,80 @@
+"""What maxlm plan says of a model that does not fit: by how much, of what, and the smallest machine that would do."""
+
+import re
+
+import pytest
+
+from maxlm.cli import main
+from maxlm.config_file import ConfigError, load_config
+from maxlm.machines import name_of
+from maxlm.plan.advice import smallest
+from maxlm.plan.search import ROOM, search
+from maxlm.plan.targets import target
+
+
+def refusal(capsys, *arguments):
+    assert main(["plan", "--compile", "0", *arguments]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def fits(config, name):
+    place = target(name).place
+    try:
+        return place.fits(search(config, place)[0].memory)
+    except ConfigError:
+        return False
+
+
+def test_bytes_that_are_over_and_what_uses_them(capsys):
+    said = refusal(capsys, "configs/1b.yaml", "--on", "v5e-1")
+    least = search(load_config("configs/1b.yaml", []), target("v5e-1").place)[0]
+    needs, over, room = map(
+        float, re.search(r"needs (\S+) GiB on a chip, (\S+) more than the (\S+) of 16", said).groups()
+    )
+    assert needs == pytest.approx(least.memory.peak / 2**30, abs=0.05)
+    assert over == pytest.approx(needs - ROOM * 16, abs=0.15) and room == pytest.approx(ROOM * 16, abs=0.05)
+    told = re.search(r"may fill \((.+?)\)", said)[1]
+    parts = {part.rpartition(" ")[0]: float(part.rpartition(" ")[2]) for part in told.split(", ")}
+    assert list(parts.values()) == sorted(parts.values(), reverse=True)
+    assert sum(parts.values()) == pytest.approx(needs, abs=0.3) and {"weights", "optimizer"} <= parts.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"), [("1b", "v5e-1"), ("llama3_8b", "v5e-8"), ("llama3_8b", "tpu7x-8"), ("llama3_8b", "h100:2")]
+)
+def test_no_smaller_machine_than_the_one_named_would_do(name, machine):
+    config, where = load_config(f"configs/{name}.yaml", []), target(machine)
+    found = smallest(config, where, ())
+    assert fits(config, found.name)
+    if where.machine.tpu is None:
+        names = [f"h100:{n}" for n in (1, 2, 4, *range(8, 65, 8))]
+    else:
+        names = [name_of(where.machine.tpu, shape) for shape in where.machine.tpu.shapes]
+    for other in names:
+        assert target(other).num_chips >= found.num_chips or not fits(config, other), other
+
+
+def test_the_smallest_machine_may_have_fewer_chips_than_the_one_asked_for(capsys):
+    said = refusal(capsys, "configs/llama3_8b.yaml", "--on", "h100:56", "train.batch_size=64")
+    assert "h100:56: no mesh of 56 devices divides this model and batch" in said
+    named = re.search(r"(h100:\d+) is the smallest of its kind that would do", said)
+    assert named and target(named[1]).num_chips < 56, said
+
+
+def test_numbers_that_may_change_need_fewer_chips():
+    config, where = load_config("configs/llama3_8b.yaml", []), target("v5e-1")
+    kept, free = (smallest(config, where, names) for names in ((), ("state_dtype",)))
+    assert free.num_chips < kept.num_chips
+
+
+@pytest.mark.slow
+def test_where_no_machine_of_the_kind_would_do(capsys):
+    huge = ["model.num_layers=2000", "model.d_model=16384", "model.d_ff=65536"]
+    said = refusal(capsys, "configs/llama3_70b.yaml", "--on", "v5e-256", *huge)
+    assert "no slice of this kind would do with this batch" in said
+
+
+def test_a_machine_that_is_too_small_does_not_keep_the_others_from_being_planned(capsys):
+    assert main(["plan", "configs/1b.yaml", "--compile", "0", "--on", "v5e-1", "--on", "v5e-16", "--top", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1  v5litepod-16" in out and "v5litepod-1: the model does not fit" in out
