@@ -1,5 +1,6 @@
 """maxlm plan: what it finds fits, what it says is what the formulas and the compiler say, bad input is one sentence."""
 
+import dataclasses
 import json
 import math
 
@@ -12,8 +13,9 @@ from maxlm.mesh import axis_sizes, check_fit, make_mesh
 from maxlm.parameters import parameters
 from maxlm.plan.compile import Compiled
 from maxlm.plan.memory import Share, predict_memory
+from maxlm.plan.ranges import step_range
 from maxlm.plan.search import Place, search
-from maxlm.plan.step_time import axis_seconds, predict_step_time
+from maxlm.plan.step_time import STAND_IN, StepTime, axis_seconds, predict_step_time
 from maxlm.plan.targets import target
 from maxlm.step import build_program
 
@@ -132,6 +134,22 @@ def test_time_of_a_step_goes_with_the_work():
     assert one["plain"].products == pytest.approx(2 * one["half"].products)
     assert one["none"].products == pytest.approx(one["plain"].products * 6 / (8 - 1 / 3), rel=0.12)
     assert one["plain"].bubble == 0 and one["stages"].bubble == pytest.approx(3 / 8 * one["stages"].products, rel=0.5)
+
+
+def test_ranges_are_as_wide_as_what_they_rest_on_is_uncertain():
+    known = StepTime(products=1.0, attention=0.0, memory=0.0, wires={}, bubble=0.0)
+    ends = {
+        "compiler": step_range(1.0, known, "tpu", by_compiler=True),
+        "formulas": step_range(1.0, known, "tpu", by_compiler=False),
+        "gpu": step_range(1.0, known, "gpu", by_compiler=False),
+    }
+    assert {low for low, _ in ends.values()} == {1.0}, "what is left out only costs time"
+    highs = [high for _, high in ends.values()]
+    assert highs == sorted(highs) and highs[0] > 1.13, "published runs on TPUs"
+    assert highs[-1] > 1.83, "and on GPUs"
+    assert step_range(1.0, known, "gpu", False, spread=0.25) == (0.8, 1.25), "of runs that were measured"
+    crossing = dataclasses.replace(known, wires={"slice": None}, unknown_bytes=STAND_IN)
+    assert step_range(1.0, crossing, "tpu", True) == (1.0, pytest.approx(ends["compiler"][1] + 1))
 
 
 # ---- the search
@@ -270,6 +288,8 @@ def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, m
     assert "it does not fit" in err and "compiling the 2. of" in err
     by_compiler = [p for p in plans if p["basis"] == "compiler"]
     assert len(by_compiler) == 1 and by_compiler[0]["step_time_s"]["low"] >= 123.0
+    widths = {p["basis"]: p["step_time_s"]["high"] / p["step_time_s"]["low"] for p in plans}
+    assert 1 < widths["compiler"] < widths["formulas"]
     assert by_compiler[0]["peak_bytes"] == 2**31
     monkeypatch.setattr("maxlm.plan.planner.compile_on", lambda config, topology: Compiled(None, "too large", 1.0))
     assert main(["plan", "configs/1b.yaml", "--on", "v5e-16", "--compile", "1"]) == 2

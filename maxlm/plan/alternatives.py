@@ -1,6 +1,6 @@
 """Other ways to the same model or loss (what_if.py), planned and priced on a machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from maxlm.flops import num_params, train_flops_per_token
 from maxlm.plan import what_if
 from maxlm.plan.laws import Law
 from maxlm.plan.money import Terms, totals
+from maxlm.plan.ranges import step_range
 from maxlm.plan.search import search
-from maxlm.plan.table import SLOWER, aligned, between
+from maxlm.plan.table import aligned, between
 from maxlm.plan.targets import Target
 from maxlm.plan.what_if import Alternative
 
@@ -23,14 +24,14 @@ class Priced:
 
     Attributes:
         way: what it is.
-        low: money.totals of its fastest plan; None where it does not fit.
-        slower: how many times as long it may take.
+        low: money.totals of its fastest plan at best; None where it does not fit.
+        high: the same at worst (ranges.step_range).
         overrides: of that plan.
     """
 
     way: Alternative
-    low: dict[str, float | None] | None
-    slower: float
+    low: Mapping[str, float | None] | None
+    high: Mapping[str, float | None] | None
     overrides: tuple[str, ...]
 
 
@@ -71,17 +72,17 @@ def priced(config: Config, found: Sequence[Alternative], where: Target, terms: T
         train = config.train.model_copy(update={"steps": None, "tokens": max(1, round(way.tokens))})
         quant = config.quant.model_copy(update={"mode": "int8"}) if way.name.startswith("int8") else config.quant
         changed = config.model_copy(update={"model": way.model, "train": train, "quant": quant})
-        slower = SLOWER[where.machine.kind]
         try:
             best = search(changed, where.place)[0]
         except ConfigError:
             best = None
         if best is None or not where.place.fits(best.memory):
-            rows.append(Priced(way, None, slower, ()))
+            rows.append(Priced(way, None, None, ()))
             continue
         stretch = way.flops_per_token / train_flops_per_token(way.model, train.seq_len)
-        low = totals(best.config, where.whole_chip, where.num_chips, best.time.total * stretch, terms)
-        rows.append(Priced(way, dict(low), slower, best.overrides))
+        ends = step_range(best.time.total, best.time, where.machine.kind, by_compiler=False)
+        low, high = (totals(best.config, where.whole_chip, where.num_chips, s * stretch, terms) for s in ends)
+        rows.append(Priced(way, low, high, best.overrides))
     return rows
 
 
@@ -96,7 +97,7 @@ def as_json(row: Priced) -> dict[str, Any]:
         "flops": way.flops,
         "expected_loss": way.expected_loss,
         "low": row.low,
-        "slower": row.slower,
+        "high": row.high,
         "overrides": list(row.overrides),
     }
 
@@ -105,9 +106,9 @@ def show(rows: Sequence[Priced], machine: str) -> str:
     """The alternatives as a table, with what each takes for granted."""
     cells = [["what if", "parameters", "tokens", "loss", f"days on {machine}", "USD"]]
     for row in rows:
-        low = row.low or {}
-        pairs = [(low.get(name), (low.get(name) or 0) * row.slower) for name in ("days", "usd")]
-        spans = ["does not fit", ""] if row.low is None else [between(x, y) for x, y in pairs]
+        spans = ["does not fit", ""]
+        if row.low is not None and row.high is not None:
+            spans = [between(row.low[name], row.high[name]) for name in ("days", "usd")]
         loss = "?" if row.way.expected_loss is None else f"{row.way.expected_loss:.3f}"
         size = units.count(num_params(row.way.model)["total_unpadded"])
         cells.append([row.way.name, size, units.count(row.way.tokens), loss, *spans])

@@ -22,7 +22,7 @@ PLAN_EXAMPLES = """examples:
 The mesh, the microbatches and the remat policy are searched; model and batch stay as the config says and, without
 --numerics, the types of optimizer state and products. The best are compiled by the real TPU compiler (pip install
 'maxlm[plan]'), which runs on this machine's CPU: a minute or more each. GPUs are planned by formulas alone. Ranges:
-what the figures say, and 1.5 times as long (GPUs: twice), for what they leave out. Names: v5p-128 (64 chips: cores are
+what the figures say, and how much longer it may take by what they rest on. Names: v5p-128 (64 chips: cores are
 counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices)."""
 COMPILE_EXAMPLES = """examples:
   maxlm compile configs/1b.yaml --on v5e-16

@@ -10,8 +10,9 @@ from maxlm.config_file import ConfigError
 from maxlm.plan.advice import gains, misfit, would_do
 from maxlm.plan.compile import Compiled, compile_on
 from maxlm.plan.money import Terms, totals
+from maxlm.plan.ranges import step_range
 from maxlm.plan.search import Plan, search
-from maxlm.plan.table import SLOWER, Row
+from maxlm.plan.table import Row
 from maxlm.plan.targets import Target
 
 MORE_TRIES = 4
@@ -107,7 +108,7 @@ def _compiled_rows(
             rows.append(_row(where, plan, compiled, terms))
     if not rows:
         raise ConfigError(f"{where.name}: the compiler refuses the {tried} best plans, the last one because: {problem}")
-    rows.sort(key=lambda row: row.step_s)
+    rows.sort(key=lambda row: row.step_s[0])
     return rows + [_row(where, plan, None, terms) for plan in plans[tried:]]
 
 
@@ -129,11 +130,9 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         stages = plan.sizes["stage"]
         idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
         step_s = figures["step_time_s"] + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
-    slower = SLOWER[where.machine.kind]
-    low, high = (
-        totals(plan.config, where.whole_chip, where.num_chips, step_s * factor, terms) for factor in (1, slower)
-    )
-    return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, step_s, low, slower, high)
+    ends = step_range(step_s, plan.time, where.machine.kind, by_compiler=figures is not None)
+    low, high = (totals(plan.config, where.whole_chip, where.num_chips, seconds, terms) for seconds in ends)
+    return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, ends, low, high)
 
 
 def nearest(rows: Sequence[Row], deadline_s: float | None, budget_usd: float | None) -> list[Row]:

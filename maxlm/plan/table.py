@@ -7,10 +7,8 @@ from typing import Any
 from maxlm import units
 from maxlm.plan.compile import Compiled
 from maxlm.plan.search import Plan
+from maxlm.plan.step_time import STAND_IN
 
-SLOWER = {"tpu": 1.5, "gpu": 2.0}
-"""How much longer steps take than predicted, at most: predictions know no jitter, stalls or input waits, and those of
-GPUs no small products. Published runs took 1.03 to 1.13 times as long on TPUs, 1.83 on GPUs (docs/plan.md)."""
 ENERGY = {"kwh": "kWh", "co2e_kg": "kg CO2e"}
 """Columns that are shown where they are known, by their figures in money.totals."""
 
@@ -25,10 +23,9 @@ class Row:
         plan: the way to run the config.
         compiled: what the compiler says of it; None where it was not asked.
         hbm_bytes: of a device.
-        step_s: seconds of a step, at best.
-        low: figures of the whole run (money.totals) with steps of step_s.
-        slower: of SLOWER.
-        high: the same with steps of step_s * slower.
+        step_s: seconds of a step, at best and at worst (ranges.step_range).
+        low: figures of the whole run (money.totals) at best.
+        high: the same at worst.
     """
 
     machine: str
@@ -36,9 +33,8 @@ class Row:
     plan: Plan
     compiled: Compiled | None
     hbm_bytes: int
-    step_s: float
+    step_s: tuple[float, float]
     low: Mapping[str, float | None]
-    slower: float
     high: Mapping[str, float | None]
 
     @property
@@ -64,7 +60,7 @@ class Row:
             "hbm_bytes": self.hbm_bytes,
             "peak_bytes": self.peak_bytes,
             "memory_bytes": memory.parts(),
-            "step_time_s": {"low": self.step_s, "high": self.step_s * self.slower},
+            "step_time_s": {"low": self.step_s[0], "high": self.step_s[1]},
             "step_parts_s": {
                 "products": time.products,
                 "attention": time.attention,
@@ -73,6 +69,7 @@ class Row:
                 **{f"wires over {axis}": seconds for axis, seconds in time.wires.items()},
             },
             "networks_known": time.known,
+            "unknown_network_bytes": time.unknown_bytes,
             "compile_s": None if self.compiled is None else self.compiled.seconds,
             "compiled": None if self.compiled is None else self.compiled.figures,
             "low": dict(self.low),
@@ -90,13 +87,20 @@ def show(rows: Sequence[Row]) -> str:
                 str(i),
                 row.machine,
                 f"{row.peak_bytes / 2**30:.1f}/{row.hbm_bytes / 2**30:.0f}",
-                ("" if row.plan.time.known else ">") + between(row.step_s, row.step_s * row.slower),
+                ("" if row.plan.time.known else ">") + between(*row.step_s),
                 between(row.high["mfu"], row.low["mfu"], 100),
                 *(between(row.low[name], row.high[name]) for name in ("days", "usd", *extra)),
                 row.basis,
             ]
         )
-    return "\n".join([*aligned(cells), *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))])
+    lines = [*aligned(cells), *(f"{i} {' '.join(row.plan.overrides)}" for i, row in enumerate(rows, 1))]
+    sent = [f"{units.size(r.plan.time.unknown_bytes)} ({i})" for i, r in enumerate(rows, 1) if not r.plan.time.known]
+    if sent:
+        lines.append(
+            "> the network between slices or nodes, of which no speed is known, counts as nothing at best and as "
+            f"{STAND_IN / 1e9:.0f} GB/s a device at worst; what each sends over it in a step: {', '.join(sent)}"
+        )
+    return "\n".join(lines)
 
 
 def show_gains(machine: str, gains: Mapping[str, float]) -> str:

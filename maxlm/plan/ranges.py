@@ -1,0 +1,34 @@
+"""How far a run may be from its prediction, by what that rests on; docs/plan.md has the reason of each number.
+
+A range begins at what was predicted, since all that it leaves out costs time, and ends where a run may well end.
+"""
+
+from maxlm.plan.step_time import STAND_IN, StepTime
+
+RUN = 1.2
+"""Time of a step that runs over that of the compiler's cycles and of wires: stalls, jitter, input, wires that hide less
+than is taken for granted."""
+FORMULAS = 1.35
+"""The compiler's cycles over what the formulas say of the same program."""
+GPU = 2.0
+"""Time of a step on a GPU over what the formulas say, which know neither its attention nor small products."""
+
+
+def step_range(
+    step_s: float, time: StepTime, kind: str, by_compiler: bool, spread: float | None = None
+) -> tuple[float, float]:
+    """Seconds of a step, at best and at worst.
+
+    Args:
+        step_s: predicted, in s.
+        time: its parts; what crosses a network of unknown speed counts as nothing at best, as STAND_IN at worst.
+        kind: of the machine, "tpu" or "gpu".
+        by_compiler: step_s has the compiler's cycles.
+        spread: of a prediction that was fitted to measured runs of this kind of machine: how far, as a share of the
+            time, they are from it, on both sides.
+    """
+    if spread is not None:
+        low, high = 1 / (1 + spread), 1 + spread
+    else:
+        low, high = 1.0, GPU if kind == "gpu" else RUN if by_compiler else RUN * FORMULAS
+    return step_s * low, step_s * high + time.unknown_bytes / STAND_IN
