@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from maxlm import flops, hlo, hosts, units
+from maxlm import buffers, flops, hlo, hosts, units
+from maxlm.buffers import Buffer
 from maxlm.config import Config
-from maxlm.cost import cost_of, top_operations
+from maxlm.cost import cost_of, top_operations, words
 from maxlm.ending import bytes_per_device
 from maxlm.hardware import detect
 from maxlm.loss import Batch
@@ -35,11 +36,13 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     Args:
         config: the run; its mesh must fit the slice.
         topology: TPU slice such as v5e:4x4, as jax names it.
-        top: costliest places of the model to name.
+        top: costliest places of the model to name, and largest buffers.
         hlo_file: where the text of the compiled program goes.
 
     Returns:
-        JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles) and places.
+        JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles), places,
+        arguments (their bytes by part) and buffers: what lies in memory beside them when that is most (buffers.py),
+        as dicts of place, array, count and bytes (of all).
 
     Raises:
         ConfigError: the config does not fit the slice, or the TPU compiler is missing.
@@ -55,7 +58,30 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     priced = [(op.source, float(op.cycles * op.times)) for op in hlo.operations(text) if op.cycles]
     if result["kernel_cycles"]:
         priced.append(("kernels", result["kernel_cycles"]))
-    return {"topology": topology, **result, "places": top_operations(priced, top)}
+    names = {"params": "weights", "opt": "optimizer"}
+    arguments = {names.get(key, key): bytes_per_device(tree) for key, tree in program.state_shapes.items()}
+    arguments["batch"] = bytes_per_device(program.batch_shapes)
+    return {
+        "topology": topology,
+        **result,
+        "places": top_operations(priced, top),
+        "arguments": arguments,
+        "buffers": _largest(buffers.at_peak(text), top),
+    }
+
+
+def _largest(found: list[Buffer], top: int) -> list[dict[str, Any]]:
+    """Buffers of one shape and place together; what a loop over layers only copies into has no other place."""
+    together: dict[tuple[str, str], list[int]] = {}
+    for buffer in found:
+        place = words(buffer.source) or "other"
+        place = "kept by layers" if place.startswith(("dynamic_update", "broadcast_in_dim")) else place
+        together.setdefault((place, buffer.array), []).append(buffer.bytes)
+    rows = [
+        {"place": place, "array": array, "count": len(sizes), "bytes": sum(sizes)}
+        for (place, array), sizes in together.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])[:top]
 
 
 def bench_measured(config: Config, warmup: int, steps: int, profile: str | None, top: int) -> dict[str, Any]:
@@ -223,6 +249,11 @@ def show(result: dict[str, Any]) -> str:
         f"{units.size(total)}{whole}: state and batch {units.size(result['arguments_bytes'])}, at work "
         f"{units.size(result['heap_bytes'])}{host}{measured}",
     )
+    if "arguments" in result:
+        parts = sorted(result["arguments"].items(), key=lambda item: -item[1])
+        add("state", ", ".join(f"{name} {units.size(size)}" for name, size in parts))
+    for row in result.get("buffers", ()):
+        add("at work", f"{units.size(row['bytes']):>9}  {row['count']} x {row['array']}, {row['place']}")
     parts = [("import_s", "imports"), ("init_s", "weights"), ("trace_s", "tracing"), ("compile_s", "compiling")]
     starts = ", ".join(f"{name} {units.duration(result[key])}" for key, name in parts if key in result)
     whole = f"{units.duration(result['first_step_s'])} to the first step: " if "first_step_s" in result else ""

@@ -1,5 +1,6 @@
 """The same step in bf16, int8 and fp8, side by side."""
 
+from collections.abc import Callable
 from typing import Any
 
 from maxlm import bench, units
@@ -12,20 +13,17 @@ from maxlm.quant_rules import advice
 KINDS = ("bf16", "int8", "fp8")
 
 
-def bench_kinds(config: Config, on: str | None, warmup: int, steps: int, top: int) -> dict[str, dict[str, Any]]:
+def bench_kinds(config: Config, figures: Callable[[Config], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Figures of the step with products in each type; rules of the config stay, but for bf16.
 
     Types that the chip is known not to multiply natively are left out.
 
     Args:
         config: the run.
-        on: TPU slice for which it is compiled; None measures here.
-        warmup: steps that are not counted.
-        steps: steps that are.
-        top: costliest places of the model to name.
+        figures: measures or compiles a run, as bench.bench_measured or bench.bench_compiled.
 
     Returns:
-        bench.bench_compiled's or bench.bench_measured's JSON of each type.
+        That JSON of each type.
     """
     results: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
@@ -33,12 +31,14 @@ def bench_kinds(config: Config, on: str | None, warmup: int, steps: int, top: in
         if chip and (chip.int8_ops if kind == "int8" else chip.fp8_flops) is None:
             continue
         quant = QuantConfig() if kind == "bf16" else config.quant.model_copy(update={"mode": kind})
-        own = config.model_copy(update={"quant": quant})
-        if on is not None:
-            results[kind] = bench.bench_compiled(own, on, top)
-        else:
-            results[kind] = bench.bench_measured(own, warmup, steps, None, top)
+        results[kind] = figures(config.model_copy(update={"quant": quant}))
     return results
+
+
+def check_fit(results: dict[str, dict[str, Any]]) -> None:
+    """Raises RuntimeError where a type's step does not fit into memory."""
+    if misfits := [kind for kind, result in results.items() if not bench.fits(result)]:
+        raise RuntimeError(f"the step does not fit into the memory of the device in {' and '.join(misfits)}")
 
 
 def gathered_bytes(result: dict[str, Any]) -> int:

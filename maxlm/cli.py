@@ -21,7 +21,7 @@ EPILOG = """examples:
   maxlm train configs/quickstart.yaml train.steps=400     the same run, longer
   maxlm config configs/quickstart.yaml mesh.tensor=2      what would run
   maxlm data build docs/ --out stores/docs                text to a token store
-  maxlm bench configs/1b.yaml --on v5e:2x4                what a step costs on eight TPUs
+  maxlm compile configs/1b.yaml --on v5e-8                what a step costs on eight TPUs
   maxlm doctor configs/quickstart.yaml                    is this machine fit for it
   maxlm report runs/a runs/b                              compare two runs
   maxlm supervise -- train configs/1b.yaml                start again after crashes and hangs
@@ -133,17 +133,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="what a train step costs, here or on a TPU slice that is not there",
+        help="what a train step costs here",
         description="Runs the train step that CONFIG describes on random tokens and prints time, speed, memory and "
-        "what it sends. With --on nothing runs: the TPU compiler makes the step for that slice and says what it "
-        "estimates. Exit code 1 if it does not fit into the chip's memory.",
-        epilog="examples:\n  maxlm bench configs/quickstart.yaml\n  maxlm bench configs/1b.yaml --on v5e:2x4 --top 10\n"
-        "  maxlm bench configs/llama3_8b.yaml --on v6e:4x4 train.remat=offload\n"
-        "  maxlm bench configs/llama3_8b.yaml --on v5p:4x4x4 --quant",
+        "what it sends. Exit code 1 if it does not fit into the device's memory. For TPUs that are not there: "
+        "maxlm compile.",
+        epilog="examples:\n  maxlm bench configs/quickstart.yaml\n  maxlm bench configs/1b.yaml --profile --top 20\n"
+        "  maxlm bench configs/1b.yaml --quant",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_config(bench)
-    bench.add_argument("--on", metavar="TOPOLOGY", help="TPU slice as jax names it: v5e:4x4, v5p:2x2x4, v6e:16x16")
     bench.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are timed (10)")
     bench.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (3)")
     bench.add_argument("--profile", action="store_true", help="also trace a few steps, to name the costliest places")
@@ -235,8 +233,6 @@ def _report(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.steps < 1 or args.warmup < 1 or args.top < 1:
         raise ConfigError("--steps, --warmup and --top are counts from 1")
-    if args.on is not None and (args.profile or args.trace):
-        raise ConfigError("--on runs nothing that could be traced; leave out --profile and --trace")
     if args.quant and (args.profile or args.trace):
         raise ConfigError("--quant compares; to trace one of them, set quant.mode and leave out --quant")
     config = load_config(args.config, args.overrides)
@@ -245,18 +241,15 @@ def _bench(args: argparse.Namespace) -> int:
     if args.quant:
         from maxlm import bench_quant
 
-        results = bench_quant.bench_kinds(config, args.on, args.warmup, args.steps, args.top)
-        if args.on is not None or hosts.is_first():
+        measure = lambda own: bench.bench_measured(own, args.warmup, args.steps, None, args.top)  # noqa: E731
+        results = bench_quant.bench_kinds(config, measure)
+        if hosts.is_first():
             print(json.dumps(results) if args.json else bench_quant.show(results))
-        if misfits := [kind for kind, result in results.items() if not bench.fits(result)]:
-            raise RuntimeError(f"the step does not fit into the memory of the device in {' and '.join(misfits)}")
+        bench_quant.check_fit(results)
         return 0
-    if args.on is not None:
-        result = bench.bench_compiled(config, args.on, args.top)
-    else:
-        with bench.trace_folder(args.trace, args.profile or args.trace is not None) as folder:
-            result = bench.bench_measured(config, args.warmup, args.steps, folder, args.top)
-    if args.on is not None or hosts.is_first():
+    with bench.trace_folder(args.trace, args.profile or args.trace is not None) as folder:
+        result = bench.bench_measured(config, args.warmup, args.steps, folder, args.top)
+    if hosts.is_first():
         print(json.dumps(result) if args.json else bench.show(result))
     if not bench.fits(result):
         raise RuntimeError("the step does not fit into the memory of the device")

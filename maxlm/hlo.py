@@ -32,7 +32,7 @@ BETWEEN_SLICES = "send between slices"
 """Kind of what crosses the data-centre network: the TPU compiler makes host transfers of it."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_OPERATION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+OPERATION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]")
 
 
@@ -80,7 +80,7 @@ def collectives(text: str) -> list[Collective]:
     Raises:
         ValueError: the text is no compiled HLO module.
     """
-    computations, entry = _computations(text)
+    computations, entry = parsed(text)
     found: dict[Any, Collective] = {}
     for path, key, collective in _walk(computations, entry, (), ()):
         if not any((path[:depth], key) in found for depth in range(len(path) + 1)):
@@ -101,13 +101,13 @@ def matmul_flops(text: str, taken: float = 1.0) -> float:
     Raises:
         ValueError: the text is no compiled HLO module.
     """
-    computations, entry = _computations(text)
+    computations, entry = parsed(text)
     shapes = {name: _result_shapes(lines) for name, lines in computations.items()}
 
     def walk(name: str, times: float) -> float:
         total = 0.0
         for line in computations.get(name, ()):
-            match = _OPERATION.match(line)
+            match = OPERATION.match(line)
             if match is None:
                 continue
             _, result, operation, rest = match.groups()
@@ -118,7 +118,7 @@ def matmul_flops(text: str, taken: float = 1.0) -> float:
                 inside *= _trips(computations, rest)
             elif operation == "conditional":
                 inside *= taken
-            total += sum(walk(callee, inside) for callee in _callees(operation, rest))
+            total += sum(walk(callee, inside) for callee in callees(operation, rest))
         return total
 
     return walk(entry, 1.0)
@@ -149,12 +149,12 @@ def operations(text: str) -> list[Operation]:
     Raises:
         ValueError: the text is no compiled HLO module.
     """
-    computations, entry = _computations(text)
+    computations, entry = parsed(text)
     found = []
 
     def walk(name: str, times: int) -> None:
         for line in computations.get(name, ()):
-            match = _OPERATION.match(line)
+            match = OPERATION.match(line)
             if match is None:
                 continue
             own, _, operation, rest = match.groups()
@@ -165,7 +165,7 @@ def operations(text: str) -> list[Operation]:
                 found.append(Operation(own, source[1] if source else "", cycles, times))
             if operation != "fusion":
                 inside = times * _trips(computations, rest) if operation == "while" else times
-                for callee in _callees(operation, rest):
+                for callee in callees(operation, rest):
                     walk(callee, inside)
 
     walk(entry, 1)
@@ -176,7 +176,7 @@ def sources(text: str) -> dict[str, str]:
     """Where the model asks for each operation of a program (op_name), by the operation's name."""
     found = {}
     for line in text.splitlines():
-        match, source = _OPERATION.match(line.strip()), re.search(r'op_name="([^"]*)"', line)
+        match, source = OPERATION.match(line.strip()), re.search(r'op_name="([^"]*)"', line)
         if match and source:
             found[match[1]] = source[1]
     return found
@@ -185,7 +185,7 @@ def sources(text: str) -> dict[str, str]:
 def _result_shapes(lines: list[str]) -> dict[str, tuple[int, ...]]:
     found = {}
     for line in lines:
-        if (match := _OPERATION.match(line)) and (array := _ARRAY.match(match[2])):
+        if (match := OPERATION.match(line)) and (array := _ARRAY.match(match[2])):
             found[match[1]] = tuple(int(n) for n in array[2].split(",") if n)
     return found
 
@@ -217,7 +217,8 @@ def num_aliased(text: str) -> int:
     return len(re.findall(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}", header))
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def parsed(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation of a program, by name, and the name of the one that is run; raises as collectives."""
     found: dict[str, list[str]] = {}
     entry, lines = "", None
     for line in text.splitlines():
@@ -240,7 +241,7 @@ def _walk(
 ) -> Iterator[tuple[tuple[str, ...], Any, Collective]]:
     """Collectives below a computation, each with its path, the loops' bodies, and a key by which copies are known."""
     for line in computations.get(name, ()):
-        match = _OPERATION.match(line)
+        match = OPERATION.match(line)
         if match is None:
             continue
         own, result, operation, rest = match.groups()
@@ -257,14 +258,14 @@ def _walk(
                 size = _size((dtype, shape))
                 yield path, (key, i), Collective(kind, dtype, shape, size, math.prod(loops), loops, _groups(line))
         if operation == "while":
-            (body,) = _callees(operation, rest)
+            (body,) = callees(operation, rest)
             yield from _walk(computations, body, (*loops, _trips(computations, rest)), (*path, body))
         else:
-            for callee in _callees(operation, rest):
+            for callee in callees(operation, rest):
                 yield from _walk(computations, callee, loops, path, fused or operation == "fusion")
 
 
-def _callees(operation: str, rest: str) -> list[str]:
+def callees(operation: str, rest: str) -> list[str]:
     """Computations that an operation runs; of a loop, its body."""
     if operation == "while":
         return re.findall(r"body=%?([\w.\-]+)", rest)
@@ -281,7 +282,7 @@ def _moved(kind: str, result: str, rest: str, lines: list[str]) -> list[tuple[st
     operands = rest.split("), ")[0]
     out, named = _arrays(result), re.findall(r"%([\w.\-]+)", operands)
     if kind == "ragged-all-to-all":
-        data = next((match[2] for line in lines if (match := _OPERATION.match(line)) and match[1] == named[0]), result)
+        data = next((match[2] for line in lines if (match := OPERATION.match(line)) and match[1] == named[0]), result)
         return [min(out[0], _arrays(data)[0], key=_size)]
     # Each array has its result, after its operand where the operation only starts; the operand's type may also stand in
     # the operand list. The whole array of a gather or scatter is the largest of these.

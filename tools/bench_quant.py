@@ -5,7 +5,7 @@
 
 Forward and backward with full remat, 8,192 tokens, bfloat16 activations and weights; attention is replaced by an
 elementwise stand-in, so that products and what rounds their operands are all there is. Default options of the compiler.
-The whole model: maxlm bench configs/llama3_8b.yaml --on v5e:4x4 --quant. Needs libtpu, no TPU. Columns:
+The whole model: maxlm compile configs/llama3_8b.yaml --on v5e:4x4 --quant. Needs libtpu, no TPU. Columns:
 
     cycles    the compiler's estimates, summed
     of bf16   over those of bfloat16

@@ -26,7 +26,11 @@ what the figures say, and how much longer it may take by what they rest on. Name
 counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices)."""
 COMPILE_EXAMPLES = """examples:
   maxlm compile configs/1b.yaml --on v5e-16
-  maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots"""
+  maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots
+  maxlm compile configs/llama3_8b.yaml --on v5p:4x4x4 --quant
+
+Memory by part, cycles (the compiler's estimate), collectives with their bytes and how often they run, the costliest
+places of the model. Exit code 1 if the step does not fit into the chip's memory. What runs here: maxlm bench."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -70,7 +74,8 @@ def add_parser(subparsers: Any) -> None:
     add("--grid-gco2-per-kwh", type=float, metavar="G", help="emissions of the grid (unknown)")
     compiled.add_argument("--on", required=True, metavar="MACHINE", help="v5e-16, or as jax names it: v5e:4x4")
     compiled.add_argument("--hlo", metavar="FILE", help="write the compiled program's text")
-    compiled.add_argument("--top", type=int, default=10, metavar="N", help="costliest places of the model to name (10)")
+    compiled.add_argument("--top", type=int, default=10, metavar="N", help="costliest places and buffers to name (10)")
+    compiled.add_argument("--quant", action="store_true", help="compare products in bf16, int8 and fp8 (quant.mode)")
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -169,17 +174,27 @@ def _others(args: argparse.Namespace, config: Any, where: Any, terms: Any) -> li
 
 
 def _compile(args: argparse.Namespace) -> int:
+    if args.top < 1:
+        raise ConfigError("--top is a count from 1")
+    if args.quant and args.hlo:
+        raise ConfigError("--quant compares several programs; for the text of one set quant.mode and leave out --quant")
     config = load_config(args.config, args.overrides)
     _on_cpu()
-    from maxlm import bench
+    from maxlm import bench, bench_quant
     from maxlm.plan.targets import target
 
     where = target(args.on)
-    if where.topology is None:
+    topology = where.topology
+    if topology is None:
         raise ConfigError(f"--on {args.on}: there is a compiler for TPUs alone")
     if where.place.num_slices != config.mesh.slices:
         raise ConfigError(f"--on {args.on}: the config has mesh.slices={config.mesh.slices}; make them the same")
-    result = bench.bench_compiled(config, where.topology, args.top, args.hlo)
+    if args.quant:
+        results = bench_quant.bench_kinds(config, lambda own: bench.bench_compiled(own, topology, args.top))
+        print(json.dumps(results) if args.json else bench_quant.show(results))
+        bench_quant.check_fit(results)
+        return 0
+    result = bench.bench_compiled(config, topology, args.top, args.hlo)
     print(json.dumps(result) if args.json else bench.show(result))
     if not bench.fits(result):
         raise RuntimeError("the step does not fit into the memory of the device")

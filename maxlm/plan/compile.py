@@ -1,4 +1,4 @@
-"""The real step of a plan, made by the real TPU compiler, in a process of its own: `maxlm bench --on`.
+"""The real step of a plan, made by the real TPU compiler, in a process of its own: `maxlm compile`.
 
 A process each, since the compiler keeps its memory, may be told to stop, and locks itself against another.
 """
@@ -60,7 +60,8 @@ def compile_on(
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
         path, out, said = (Path(folder, name) for name in ("config.yaml", "out", "said"))
         path.write_text(to_yaml(config))
-        command = [sys.executable, "-m", "maxlm", "bench", str(path), "--on", topology, "--json"]
+        slices = f"{config.mesh.slices}x{topology}"
+        command = [sys.executable, "-m", "maxlm", "compile", str(path), "--on", slices, "--json"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         with out.open("wb") as stdout, said.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)

@@ -1,0 +1,131 @@
+"""maxlm compile: what the TPU compiler says of a step, and what lies in memory at its peak."""
+
+import json
+
+import pytest
+
+from maxlm.buffers import at_peak
+from maxlm.cli import main
+
+MODEL = "vocab_size=512 num_layers=2 d_model=128 d_ff=256 num_heads=4".split()
+SETTINGS = [f"model.{field}" for field in MODEL] + ["train.seq_len=128", "train.batch_size=8", "mesh.tensor=2"]
+
+# A loop that fills a stack in place, beside something that it works with and something in fast memory.
+PROGRAM = """HloModule jit__step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
+
+%body (p: CARRY) -> CARRY {
+  %p = CARRY parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = ROWS get-tuple-element(%p), index=1
+  %stack = STACK get-tuple-element(%p), index=2
+  %work = f32[16,128]{1,0:T(8,128)} fusion(%x), kind=kLoop, metadata={op_name="jit(_step)/jvp()/mlp/mul"}
+  %fast = f32[64,128]{1,0:T(8,128)S(1)} fusion(%work), kind=kLoop, metadata={op_name="jit(_step)/jvp()/mlp/add"}
+  %next = ROWS fusion(%fast), kind=kLoop, metadata={op_name="jit(_step)/jvp()/mlp/sub"}
+  %kept = STACK fusion(%stack, %next), kind=kLoop, metadata={op_name="jit(_step)/jvp()/norm/mul"}, IN_PLACE
+  ROOT %out = CARRY tuple(%i, %next, %kept)
+}
+
+%condition (q: CARRY) -> pred[] {
+  %q = CARRY parameter(0)
+  ROOT %less = pred[]{:T(512)} constant(true)
+}
+
+ENTRY %main (a: f32[8,128], b: bf16[3,100]) -> (f32[8,128]) {
+  %a = ROWS parameter(0)
+  %b = bf16[3,100]{1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %before = ROWS copy(%a), metadata={op_name="jit(_step)/embedding/copy"}
+  %room = STACK custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="broadcast.8"}
+  %in = CARRY tuple(%zero, %before, %room)
+  %loop = CARRY while(%in), condition=%condition, body=%body
+  %last = ROWS get-tuple-element(%loop), index=1
+  %small = bf16[3,100]{1,0:T(8,128)(2,1)} fusion(%b), kind=kLoop, metadata={op_name="jit(_step)/optimizer/mul"}
+  %new = ROWS fusion(%last, %small), kind=kLoop, metadata={op_name="jit(_step)/optimizer/add"}
+  ROOT %end = (ROWS) tuple(%new)
+}
+"""
+for short, text in {
+    "CARRY": "(s32[]{:T(128)}, ROWS, STACK)",
+    "ROWS": "f32[8,128]{1,0:T(8,128)}",
+    "STACK": "f32[4,8,128]{2,1,0:T(8,128)}",
+    "IN_PLACE": 'backend_config={"aliasing_operands":{"lists":[{"indices":["0","2"]}]}}',
+}.items():
+    PROGRAM = PROGRAM.replace(short, text)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{stores: [{{path: {tmp_path}/none}}]}}\ntrain: {{steps: 1, batch_size: 1, seq_len: 1}}\n")
+    return str(path)
+
+
+def test_buffers_at_the_peak_are_those_that_are_there_together():
+    found = {buffer.array: buffer for buffer in at_peak(PROGRAM)}
+    assert found.keys() == {"f32[4,8,128]", "f32[16,128]", "f32[8,128]"}, "neither arguments nor fast memory"
+    stack, work, carried = (found[name] for name in ("f32[4,8,128]", "f32[16,128]", "f32[8,128]"))
+    assert (stack.bytes, work.bytes, carried.bytes) == (4 * 8 * 128 * 4, 16 * 128 * 4, 8 * 128 * 4)
+    assert stack.first < work.first < work.last < stack.last and "norm" in stack.source, "who writes into it"
+    late = at_peak(PROGRAM.replace("bf16[3,100]", "bf16[3000,100]"))
+    assert (late[0].array, late[0].bytes) == ("bf16[3000,100]", 3000 * 128 * 2), "rows of 128 are whole tiles"
+    with pytest.raises(ValueError, match="not the text of a compiled program"):
+        at_peak("no program")
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_compiles_for_a_slice_that_is_not_there(config, capsys, tmp_path):
+    text = tmp_path / "step.txt"
+    assert main(["compile", config, *SETTINGS, "--on", "v5e:2x2", "--top", "50", "--hlo", str(text), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["device_kind"] == "TPU v5 lite"
+    assert result["hbm_bytes"] == 16 * 2**30
+    assert result["step_time_s"] == pytest.approx(result["cycles"] / 1.503e9, rel=1e-3), "2**17 FLOPs a cycle"
+    assert 0 < result["share_of_roofline"] == result["mfu"] < 1
+    assert result["kernel_flops"] > 0, "splash attention"
+    assert any("mlp" in row["place"] for row in result["places"])
+    assert all(row["times"] >= 1 and row["bytes"] > 0 for row in result["collectives"])
+    assert text.read_text().startswith("HloModule")
+    arguments = result["arguments"]
+    assert arguments["optimizer"] == pytest.approx(2 * arguments["weights"], rel=0.01), "adamw"
+    assert 0.7 < sum(arguments.values()) / result["arguments_bytes"] <= 1, "of so small arrays much is padding"
+    at_work = sum(buffer.bytes for buffer in at_peak(text.read_text()))
+    assert 0.3 < at_work / result["heap_bytes"] < 1.15, "what small programs have besides is the compiler's own"
+    assert 0 < sum(row["bytes"] for row in result["buffers"]) <= at_work
+    assert main(["compile", config, *SETTINGS, "--on", "v5e-4"]) == 0
+    out = capsys.readouterr().out
+    assert "MFU" in out and "at work" in out and "optimizer" in out
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_what_does_not_fit_says_so(config, capsys):
+    wide = ["model.d_model=8192", "model.d_ff=32768", "model.num_heads=64", "model.num_layers=24"]
+    assert main(["compile", config, *SETTINGS[:1], *wide, *SETTINGS[5:7], "--on", "v5e:2x2"]) == 1
+    assert "the step does not fit on TPU v5 lite" in capsys.readouterr().err
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+@pytest.mark.xdist_group("tpu")
+def test_products_in_each_type_on_a_slice(config, capsys):
+    assert main(["compile", config, *SETTINGS, "--quant", "--on", "v5e:2x2"]) == 0
+    text = capsys.readouterr().out
+    assert "M cycles" in text
+    assert "TPU v5e multiplies fp8 not natively; it does int8, twice as fast" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--on", "v9:1x1"], "there is no such machine"),
+        (["--on", "h100:8"], "there is a compiler for TPUs alone"),
+        (["--on", "2xv5e-4"], "mesh.slices=1; make them the same"),
+        (["--on", "v5e-4", "--top", "0"], "--top is a count from 1"),
+        (["--on", "v5e-4", "--quant", "--hlo", "x"], "leave out --quant"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_refuses_with_a_sentence(config, capsys, arguments, sentence):
+    assert main(["compile", config, *SETTINGS, *arguments]) == 2
+    assert sentence in capsys.readouterr().err
