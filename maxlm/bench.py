@@ -1,6 +1,7 @@
 """What a run's train step costs, without its data: measured on the devices at hand, or compiled for a TPU slice."""
 
 import contextlib
+import re
 import statistics
 import tempfile
 import time
@@ -26,6 +27,8 @@ from maxlm.stop import process_age_s
 from maxlm.topology import topology_devices
 
 PROFILED_STEPS = 3
+LISTED = 5
+"""Buffers that are named of a step that does not fit."""
 AROUND = {"while", "conditional", "call"}
 """Operations whose time is that of others."""
 
@@ -130,6 +133,10 @@ def _compiled(config: Config, devices: list[Any]) -> tuple[Program, Any, dict[st
     return program, compiled, {**facts, **cost_of(program, compiled)}
 
 
+class NoRoomError(RuntimeError):
+    """A step that does not fit into a device's memory."""
+
+
 @contextlib.contextmanager
 def _told_of_memory(device: Any) -> Iterator[None]:
     try:
@@ -138,8 +145,24 @@ def _told_of_memory(device: Any) -> Iterator[None]:
         text = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" not in text or "Vmem" in text:  # Vmem: of the core, which a kernel or option asks for
             raise RuntimeError(f"{device.device_kind}: {text[:300]}") from error
-        text = text.removeprefix("RESOURCE_EXHAUSTED: ")
-        raise RuntimeError(f"the step does not fit on {device.device_kind}: {text[:200]}") from error
+        raise NoRoomError(f"the step does not fit on {device.device_kind}: {without_room(text)}") from error
+
+
+def without_room(text: str) -> str:
+    """What a compiler says of a step that does not fit: how much is over, and its largest buffers where it lists them.
+
+    Args:
+        text: its message, in one line.
+    """
+    head = text.removeprefix("RESOURCE_EXHAUSTED: ").partition(" Total hbm usage")[0][:200].rstrip(". ")
+    if sizes := re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", head):
+        head += f", by {float(sizes[1]) - float(sizes[2]):.1f}G"
+    entry = (
+        r'\d\. Size: (\S+)(?: Operator: (?:(?! Size: ).)*?op_name="([^"]*)")?(?:(?! Size: ).)*? Shape: (\w+\[[\d,]*\])'
+    )
+    listed = re.findall(entry, text)
+    largest = ", ".join(f"{size} {array} {words(source) or 'other'}" for size, source, array in listed[:LISTED])
+    return f"{head}; its largest buffers are {largest}" if listed else head
 
 
 def _measured(
@@ -268,6 +291,16 @@ def show(result: dict[str, Any]) -> str:
 def fits(result: dict[str, Any]) -> bool:
     """Whether the step's memory is there, as far as is known."""
     return result["hbm_bytes"] is None or result["arguments_bytes"] + result["heap_bytes"] <= result["hbm_bytes"]
+
+
+def check_room(result: dict[str, Any]) -> None:
+    """Raises NoRoomError where fits says no."""
+    if not fits(result):
+        over = result["arguments_bytes"] + result["heap_bytes"] - result["hbm_bytes"]
+        raise NoRoomError(
+            f"the step does not fit on {result['device_kind']}: {units.size(over)} more than its "
+            f"{units.size(result['hbm_bytes'])}"
+        )
 
 
 @contextlib.contextmanager

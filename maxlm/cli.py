@@ -251,8 +251,7 @@ def _bench(args: argparse.Namespace) -> int:
         result = bench.bench_measured(config, args.warmup, args.steps, folder, args.top)
     if hosts.is_first():
         print(json.dumps(result) if args.json else bench.show(result))
-    if not bench.fits(result):
-        raise RuntimeError("the step does not fit into the memory of the device")
+    bench.check_room(result)
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from maxlm.bench import without_room
 from maxlm.buffers import at_peak
 from maxlm.cli import main
 
@@ -97,12 +98,32 @@ def test_compiles_for_a_slice_that_is_not_there(config, capsys, tmp_path):
     assert "MFU" in out and "at work" in out and "optimizer" in out
 
 
+def test_what_the_compiler_says_of_a_step_without_room():
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (40.97G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert without_room(short).endswith("(40.97G) exceeds available HBM (15.75G), by 25.2G")
+    listed = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.00G of "
+        "15.75G hbm. Exceeded hbm capacity by 5.25G. Total hbm usage >= 21.5G: reserved 530.00M program 20.97G Largest "
+        'program allocations in hbm: 1. Size: 6.00G Operator: op_name="jit(_step)/jvp(head)/BTD,DV->BTV/dot_general" '
+        "source_line=1 Shape: f32[12,1024,131072]{2,1,0:T(8,128)} Unpadded size: 6.00G XLA label: fusion.1 = fusion() "
+        "Allocation type: HLO temp ========== 2. Size: 2.00G Shape: bf16[1024,1024,1024]{2,1,0} Unpadded size: 2.00G"
+    )
+    said = without_room(listed)
+    assert "Exceeded hbm capacity by 5.25G; its largest buffers are 6.00G f32[12,1024,131072] head" in said
+    assert said.endswith("2.00G bf16[1024,1024,1024] other") and "reserved" not in said
+
+
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
 def test_what_does_not_fit_says_so(config, capsys):
     wide = ["model.d_model=8192", "model.d_ff=32768", "model.num_heads=64", "model.num_layers=24"]
     assert main(["compile", config, *SETTINGS[:1], *wide, *SETTINGS[5:7], "--on", "v5e:2x2"]) == 1
-    assert "the step does not fit on TPU v5 lite" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the step does not fit on TPU v5 lite" in said and "by formulas it needs, in GiB: " in said
+    assert "weights" in said and "optimizer" in said
 
 
 @pytest.mark.tpu

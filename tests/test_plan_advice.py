@@ -78,3 +78,34 @@ def test_a_machine_that_is_too_small_does_not_keep_the_others_from_being_planned
     assert main(["plan", "configs/1b.yaml", "--compile", "0", "--on", "v5e-1", "--on", "v5e-16", "--top", "1"]) == 0
     out = capsys.readouterr().out
     assert "1  v5litepod-16" in out and "v5litepod-1: the model does not fit" in out
+
+
+# ---- deadlines and budgets
+
+
+def days_and_dollars(said):
+    found = re.search(r"([\d.e+]+) days", said), re.search(r"([\d,]+) USD, on", said)
+    return [float(match[1].replace(",", "")) if match else None for match in found]
+
+
+def test_the_nearest_possible_deadline_and_budget_are_possible(capsys):
+    arguments = ["configs/1b.yaml", "--on", "v5e-16", "--on", "v5e-64"]
+    days, _ = days_and_dollars(refusal(capsys, *arguments, "--deadline", "1h"))
+    _, dollars = days_and_dollars(refusal(capsys, *arguments, "--budget", "10"))
+    for option, possible, too_little in (
+        ("--deadline", f"{days * 1.01:.4f}d", f"{days * 0.98:.4f}d"),
+        ("--budget", str(dollars + 1), str(dollars - 1)),
+    ):
+        assert main(["plan", "--compile", "0", *arguments, option, possible]) == 0
+        capsys.readouterr()
+        refusal(capsys, *arguments, option, too_little)
+
+
+def test_a_budget_that_only_slower_machines_keep_names_what_the_deadline_costs(capsys):
+    arguments = ["configs/1b.yaml", "--on", "v5e-16", "--on", "v5p-64"]
+    days, _ = days_and_dollars(refusal(capsys, *arguments, "--deadline", "1h"))
+    _, dollars = days_and_dollars(refusal(capsys, *arguments, "--budget", "10"))
+    both = ["--deadline", f"{days * 1.01:.4f}d", "--budget", str(dollars + 1)]
+    said = refusal(capsys, *arguments, *both)
+    assert "no plan that keeps the deadline keeps the budget; the cheapest costs" in said and "v5p-64" in said
+    assert days_and_dollars(said)[1] > dollars

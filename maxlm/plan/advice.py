@@ -6,7 +6,7 @@ from maxlm.config import AXES, Config
 from maxlm.config_file import ConfigError
 from maxlm.machines import GPUS_PER_NODE, name_of
 from maxlm.mesh import axis_sizes
-from maxlm.plan.memory import predict_memory
+from maxlm.plan.memory import Memory, predict_memory
 from maxlm.plan.search import NUMERICS, ROOM, WORTH, Place, Plan, search, variants
 from maxlm.plan.targets import Target, target
 
@@ -42,16 +42,20 @@ def misfit(config: Config, where: Target, least: Plan, numerics: Collection[str]
         numerics: names of search.NUMERICS that may change.
     """
     room, peak = ROOM * where.place.chip.hbm_bytes, least.memory.peak
-    parts = sorted(least.memory.parts().items(), key=lambda item: -item[1])
-    uses = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts if size >= SMALL)
     text = (
         f"{where.name}: the model does not fit: the leanest plan ({' '.join(least.overrides)}) needs "
         f"{peak / 2**30:.1f} GiB on a chip, {(peak - room) / 2**30:.1f} more than the {room / 2**30:.1f} of "
-        f"{where.place.chip.hbm_bytes / 2**30:.0f} that a plan may fill ({uses})"
+        f"{where.place.chip.hbm_bytes / 2**30:.0f} that a plan may fill ({uses(least.memory)})"
     )
     others = [setting for setting, plan in _changed(config, where.place, numerics) if plan]
     here = f"; here it would fit with {' or '.join(others)}: see --numerics" if others else ""
     return text + would_do(config, where, numerics) + here
+
+
+def uses(memory: Memory) -> str:
+    """What a device's memory is used for, in GiB, the most first."""
+    parts = sorted(memory.parts().items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts if size >= SMALL)
 
 
 def would_do(config: Config, where: Target, numerics: Collection[str]) -> str:

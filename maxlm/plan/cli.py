@@ -181,6 +181,9 @@ def _compile(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     _on_cpu()
     from maxlm import bench, bench_quant
+    from maxlm.mesh import axis_sizes
+    from maxlm.plan import advice
+    from maxlm.plan.memory import predict_memory
     from maxlm.plan.targets import target
 
     where = target(args.on)
@@ -194,10 +197,13 @@ def _compile(args: argparse.Namespace) -> int:
         print(json.dumps(results) if args.json else bench_quant.show(results))
         bench_quant.check_fit(results)
         return 0
-    result = bench.bench_compiled(config, topology, args.top, args.hlo)
-    print(json.dumps(result) if args.json else bench.show(result))
-    if not bench.fits(result):
-        raise RuntimeError("the step does not fit into the memory of the device")
+    try:
+        result = bench.bench_compiled(config, topology, args.top, args.hlo)
+        print(json.dumps(result) if args.json else bench.show(result))
+        bench.check_room(result)
+    except bench.NoRoomError as error:
+        memory = predict_memory(config, axis_sizes(config.mesh, where.place.num_devices))
+        raise RuntimeError(f"{error}; by formulas it needs, in GiB: {advice.uses(memory)}") from error
     return 0
 
 

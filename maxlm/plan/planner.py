@@ -9,7 +9,7 @@ from maxlm.config import Config
 from maxlm.config_file import ConfigError
 from maxlm.plan.advice import gains, misfit, would_do
 from maxlm.plan.compile import Compiled, compile_on
-from maxlm.plan.money import Terms, totals
+from maxlm.plan.money import DAY_S, Terms, totals
 from maxlm.plan.ranges import step_range
 from maxlm.plan.search import Plan, search
 from maxlm.plan.table import Row
@@ -141,14 +141,18 @@ def nearest(rows: Sequence[Row], deadline_s: float | None, budget_usd: float | N
     Raises:
         ConfigError: none can; says which is the nearest possible.
     """
-    kept = [row for row in rows if deadline_s is None or (row.low["days"] or 0) * 86_400 <= deadline_s]
-    if not kept:
+    in_time = [row for row in rows if deadline_s is None or (row.low["days"] or 0) * DAY_S <= deadline_s]
+    if not in_time:
         best = min(rows, key=lambda row: row.low["days"] or math.inf)
         raise ConfigError(
             f"no plan keeps the deadline; the fastest takes {best.low['days']:.3g} days, on {best.machine}"
         )
-    within = [row for row in kept if budget_usd is None or row.low["usd"] is None or row.low["usd"] <= budget_usd]
+    within = [row for row in in_time if budget_usd is None or row.low["usd"] is None or row.low["usd"] <= budget_usd]
     if not within:
-        best = min(kept, key=lambda row: row.low["usd"] or math.inf)
-        raise ConfigError(f"no plan keeps the budget; the cheapest costs {best.low['usd']:,.0f} USD, on {best.machine}")
+        best = min(in_time, key=lambda row: row.low["usd"] or math.inf)
+        which = "no plan" if deadline_s is None else "no plan that keeps the deadline"
+        raise ConfigError(
+            f"{which} keeps the budget; the cheapest costs {best.low['usd']:,.0f} USD, on {best.machine}, and takes "
+            f"{best.low['days']:.3g} days"
+        )
     return within
