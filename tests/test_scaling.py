@@ -7,11 +7,11 @@ from helpers import MODEL, small_config
 
 from maxlm import flops, hardware, parse_config, train
 from maxlm.cli import main
-from maxlm.config_file import to_yaml
+from maxlm.config_file import load_config, to_yaml
 from maxlm.data.build import build_store
 from maxlm.plan import laws, scaling
 from maxlm.plan.scaling import scaling_report
-from maxlm.plan.scaling_cli import flops_for_usd
+from maxlm.report.data import plain
 
 TRUTH = laws.Law(1.7, 8.0, 40.0, 0.30, 0.35, "made up")
 NOISE = 0.003
@@ -169,18 +169,34 @@ def test_the_command(tmp_path, capsys):
     text = capsys.readouterr().out
     for shown in ("20-200", "held-out loss, nats per token", "fitted to 9 runs", "best model size", "best tokens"):
         assert shown in text
-    price = ["--device", "TPU v5p", "--mfu", "0.4", "--usd-per-device-hour", "4"]
-    assert main(["scaling", *runs[:6], "--budget-usd", "8", *price, "--json"]) == 0
-    v5p = next(chip for chip in hardware.CHIPS if chip.name == "TPU v5p")
-    assert json.loads(capsys.readouterr().out)["forecast"]["budget_flops"] == pytest.approx(
-        2 * 3600 * 0.4 * v5p.bf16_flops
-    )
-    for wrong in (["--budget-usd", "8"], ["--mfu", "0.4"], ["--budget-flops", "-1"], ["--law", "chinchilla"]):
+    for wrong in (["--budget-flops", "-1"], ["--law", "chinchilla"]):
         assert main(["scaling", *runs, *wrong]) == 2
     assert main(["scaling"]) == 2
     assert main(["scaling", "--law", "moore"]) == 2
-    with pytest.raises(ValueError, match="catalog"):
-        flops_for_usd(1, "abacus", 0.4, 1)
+
+
+def test_dollars_become_compute_by_the_plan(tmp_path, capsys):
+    runs = grid_of_runs(tmp_path, 2)
+    arguments = ["plan", "configs/1b.yaml", "--on", "v5e-16", "--compile", "0", "--top", "1", "--scaling", *runs]
+    assert main([*arguments, "--budget", "50", "--json"]) == 0, "which is less than the run costs"
+    found = json.loads(capsys.readouterr().out)
+    (row,), forecast = found["plans"], found["scaling"]["forecast"]
+    chip = hardware.named("TPU v5e")
+    at_worst = 50 / 1.20 * 3600 * chip.bf16_flops * row["high"]["mfu"]
+    assert forecast["budget_flops"] == pytest.approx(at_worst, rel=1e-6), "chip-hours at the predicted MFU"
+    assert forecast == plain(scaling_report(runs, forecast["budget_flops"])["forecast"])
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    config = load_config("configs/1b.yaml")
+    tokens = config.train.num_steps * config.train.tokens_per_step
+    of_run = tokens * flops.train_flops_per_token(config.model, config.train.seq_len)
+    assert found["scaling"]["forecast"]["budget_flops"] == pytest.approx(of_run)
+    assert main([*arguments, "--budget", "50"]) == 0
+    out = capsys.readouterr().out
+    assert "50 USD buy" in out and "FLOPs on v5litepod-16" in out and "best model size" in out
+    unpriced = ["--on", "tpu7x-8", "--budget", "50", "--price-kind", "reserved"]
+    assert main([*arguments[:2], *unpriced, "--compile", "0", "--scaling", *runs]) == 2
+    assert "give your price with --prices" in capsys.readouterr().err
 
 
 def test_published_laws_say_whose_they_are(capsys):

@@ -18,6 +18,7 @@ PLAN_EXAMPLES = """examples:
   maxlm plan configs/1b.yaml --on v5e-16 --compile 0            by formulas alone, in seconds
   maxlm plan configs/llama3_70b.yaml --on 4xv5p-512 --deadline 30d --budget 5e6 --prices mine.csv
   maxlm plan configs/1b.yaml --on v5e-16 --write planned.yaml   then: maxlm train planned.yaml
+  maxlm plan configs/1b.yaml --on v5e-16 --budget 5000 --scaling runs/small-*    what loss that buys
 
 The mesh, the microbatches and the remat policy are searched; model and batch stay as the config says and, without
 --numerics, the types of optimizer state and products. The best are compiled by the real TPU compiler (pip install
@@ -49,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     add("--on", action="append", required=True, metavar="MACHINE", help="a machine; give it again to compare several")
     add("--tokens", metavar="N", help="length of the run, such as 1T (that of the config)")
     add("--deadline", metavar="TIME", help="leave out what takes longer, such as 10d")
-    add("--budget", metavar="USD", help="leave out what costs more")
+    add("--budget", metavar="USD", help="leave out what costs more; with --scaling: forecast the loss that it buys")
     add("--top", type=int, default=3, metavar="N", help="plans to show for each machine (3)")
     add("--compile", type=int, default=2, metavar="N", help="plans to compile for each TPU machine (2); 0 for none")
     add(
@@ -61,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--what-if", action="store_true", help="also price int8 products, smaller models and the like, by formulas")
     add("--law", default="chinchilla", metavar="NAME", help="that tells their losses (chinchilla); see `maxlm scaling`")
-    add("--scaling", nargs="+", metavar="RUN", help="fit that law to these runs instead")
+    add("--scaling", nargs="+", metavar="RUN", help="fit the law to these runs, and forecast the loss of this one")
     add("--kept-tokens", type=float, metavar="SHARE", help="what deduplication leaves of the data")
     add("--teacher", metavar="CONFIG", help="config of a trained, larger model to prune and distil")
     add("--distilled-tokens", type=float, metavar="SHARE", help="of the tokens that distillation takes; goes with it")
@@ -89,28 +90,47 @@ def _plan(args: argparse.Namespace) -> int:
         overrides += ["train.steps=null", f"train.tokens={tokens}"]
     config = load_config(args.config, overrides)
     _on_cpu()
-    from maxlm.plan import alternatives, planner, table
+    from maxlm.plan import alternatives, planner, scaling_cli, table
+    from maxlm.report.data import plain
 
     asked, notes = _asked(args)
     found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
-    rows = planner.nearest(found.rows, deadline_s, budget)
+    rows = planner.nearest(found.rows, deadline_s, None if args.scaling else budget)
     rows.sort(key=lambda row: (row.low["usd"] is None, row.low["usd"] or row.low["days"]))
     notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
     seconds = time.monotonic() - started
     others = _others(args, config, *asked[0]) if args.what_if else []
+    bought = _bought(args.scaling, budget, config, rows[0]) if args.scaling else {}
     if args.json:
         result = {"seconds": seconds, "notes": notes, "gains": found.gains, "plans": [row.as_json() for row in rows]}
-        print(json.dumps({**result, "what_if": [alternatives.as_json(row) for row in others]}))
+        what_if = [alternatives.as_json(row) for row in others]
+        print(json.dumps({**result, "what_if": what_if, "scaling": plain(bought) or None}))
     else:
-        print("\n".join([table.show(rows), *notes]))
-        if others:
-            print(alternatives.show(others, asked[0][0].name))
+        shown = [table.show(rows), *notes]
+        shown += [alternatives.show(others, asked[0][0].name)] if others else []
+        shown += [bought["buys"], scaling_cli.show(bought)] if bought else []
         command = f"maxlm train {shlex.join([args.config, *overrides, *rows[0].plan.overrides])}"
-        print(f"planned in {units.duration(seconds)}; to run the first:\n  {command}")
+        print("\n".join([*shown, f"planned in {units.duration(seconds)}; to run the first:\n  {command}"]))
     if args.write:
         with open(args.write, "x", encoding="utf-8") as file:
             file.write(to_yaml(rows[0].plan.config))
     return 0
+
+
+def _bought(runs: list[str], budget_usd: float | None, config: Any, row: Any) -> dict[str, Any]:
+    """A scaling_report of what money buys on a row's machine, or else of the run itself; and `buys`, in words."""
+    from maxlm.plan.money import flops_for_usd, run_flops
+    from maxlm.plan.scaling import scaling_report
+
+    if budget_usd is None:
+        bought, text = run_flops(config), f"the run of this config has {run_flops(config):.3g} FLOPs"
+    else:
+        most, least = (flops_for_usd(budget_usd, config, figures) for figures in (row.low, row.high))
+        if most is None or least is None:
+            raise ConfigError(f"--budget: nobody knows what {row.machine} costs; give your price with --prices")
+        bought = least
+        text = f"{budget_usd:,.0f} USD buy {least:.3g} to {most:.3g} FLOPs on {row.machine}; of the fewer:"
+    return {"buys": text, **scaling_report(runs, bought)}
 
 
 def _asked(args: argparse.Namespace) -> tuple[list[Any], list[str]]:

@@ -57,3 +57,21 @@ def totals(config: Config, chip: Chip, num_chips: int, step_s: float, terms: Ter
         "mfu": flops.mfu(tokens_per_s, per_token, chip.bf16_flops * num_chips),
         "tokens_per_s": tokens_per_s,
     }
+
+
+def flops_for_usd(usd: float, config: Config, figures: Mapping[str, float | None]) -> float | None:
+    """Model FLOPs of training that money buys on a machine, as many per USD as a run there has; None without a price.
+
+    Args:
+        usd: to spend.
+        config: the run.
+        figures: its totals there.
+    """
+    whole = figures["usd"]
+    return None if whole is None else usd / whole * run_flops(config)
+
+
+def run_flops(config: Config) -> float:
+    """Model FLOPs of a whole run."""
+    train = config.train
+    return train.num_steps * train.tokens_per_step * flops.train_flops_per_token(config.model, train.seq_len)

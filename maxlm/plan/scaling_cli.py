@@ -4,14 +4,14 @@ import argparse
 import json
 from typing import Any
 
-from maxlm import hardware, units
+from maxlm import units
 from maxlm.config_file import ConfigError
 
 EXAMPLES = """examples:
   maxlm scaling runs/small-*                                        fit the laws
   maxlm scaling runs/small-* --budget-flops 1e21                    and what 1e21 FLOPs buy
-  maxlm scaling runs/small-* --budget-usd 5000 --device "TPU v5p" --mfu 0.5 --usd-per-device-hour 4.2
   maxlm scaling --law chinchilla --budget-flops 1e21                without runs: a published law
+  maxlm plan CONFIG --on v5p-128 --budget 5000 --scaling runs/small-*    what money buys, on a machine
 """
 
 
@@ -27,39 +27,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="*", help="run folder or bucket; three or more")
     parser.add_argument("--law", metavar="NAME", help="instead of runs: chinchilla or chinchilla-replicated")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget-flops", type=float, metavar="X", help="training FLOPs to spend, such as 1e21")
-    budget.add_argument("--budget-usd", type=float, metavar="USD", help="or money; needs the next three")
-    parser.add_argument("--device", metavar="NAME", help='of the hardware catalog, such as "TPU v5p"')
-    parser.add_argument("--mfu", type=float, metavar="SHARE", help="of its bf16 peak that a run reaches, such as 0.4")
-    parser.add_argument("--usd-per-device-hour", type=float, metavar="USD", help="what a device costs")
+    parser.add_argument("--budget-flops", type=float, metavar="X", help="training FLOPs to spend, such as 1e21")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_scaling)
-
-
-def flops_for_usd(usd: float, device: str, mfu: float, usd_per_device_hour: float) -> float:
-    """Training FLOPs that money buys.
-
-    Args:
-        usd: the budget.
-        device: name of a chip of the catalog (hardware.CHIPS).
-        mfu: share of its bf16 peak that a run reaches.
-        usd_per_device_hour: price of one chip.
-
-    Raises:
-        ConfigError: the catalog has no such chip, or a figure is out of range.
-    """
-    chips = {chip.name.lower(): chip for chip in hardware.CHIPS}
-    if device.lower() not in chips:
-        raise ConfigError(
-            f"--device {device} is not in the catalog; it has {', '.join(c.name for c in chips.values())}"
-        )
-    if not (usd > 0 and usd_per_device_hour > 0 and 0 < mfu <= 1):
-        raise ConfigError(
-            f"--budget-usd {usd} and --usd-per-device-hour {usd_per_device_hour} must be above 0, "
-            f"and --mfu {mfu} above 0 and at most 1"
-        )
-    return usd / usd_per_device_hour * 3600 * chips[device.lower()].bf16_flops * mfu
 
 
 def show(report: dict[str, Any]) -> str:
@@ -84,18 +54,10 @@ def show(report: dict[str, Any]) -> str:
 def _scaling(args: argparse.Namespace) -> int:
     if not args.runs and args.law is None:
         raise ConfigError("name three run folders or more, or a published law with --law")
-    budget = args.budget_flops
-    price = (args.device, args.mfu, args.usd_per_device_hour)
-    if args.budget_usd is not None:
-        if None in price:
-            raise ConfigError("--budget-usd needs --device, --mfu and --usd-per-device-hour, to know the FLOPs it buys")
-        budget = flops_for_usd(args.budget_usd, *price)
-    elif any(value is not None for value in price):
-        raise ConfigError("--device, --mfu and --usd-per-device-hour go with --budget-usd")
     from maxlm.plan.scaling import scaling_report
     from maxlm.report.data import plain
 
-    report = scaling_report(args.runs, budget, args.law)
+    report = scaling_report(args.runs, args.budget_flops, args.law)
     print(json.dumps(plain(report), indent=1) if args.json else show(report))
     return 0
 
