@@ -7,7 +7,7 @@ memory of their operands, so lifetimes can be told: a buffer is there from its f
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from maxlm.hlo import BYTES, OPERATION, callees, parsed
@@ -94,8 +94,8 @@ class _Run:
             own, result, operation, rest = match.groups()
             inside = rest[: rest.index(")")]
             operands = [values[n] for n in re.findall(r"%([\w.\-]+)", inside) if n in values]
-            for leaf in itertools.chain.from_iterable(itertools.chain.from_iterable(operands)):
-                self.known[leaf].last = self.now
+            if operation not in _SAME:  # these use nothing
+                self._use(_flat(itertools.chain.from_iterable(operands)))
             if operation == "parameter" and given:
                 values[own] = given[int(inside)]
             elif operation == "parameter":
@@ -180,7 +180,7 @@ class _Run:
         return leaf
 
 
-def _flat(value: list[list[int]]) -> list[int]:
+def _flat(value: Iterable[list[int]]) -> list[int]:
     return list(itertools.chain.from_iterable(value))
 
 

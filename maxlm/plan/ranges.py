@@ -1,16 +1,13 @@
-"""How far a run may be from its prediction, by what that rests on; docs/plan.md has the reason of each number.
-
-A range begins at what was predicted, since all that it leaves out costs time, and ends where a run may well end.
-"""
+"""How far a run may be from its prediction, by what that rests on; docs/plan.md has the reason of each number."""
 
 from maxlm.plan.step_time import STAND_IN, StepTime
 
-RUN = 1.2
-"""Time of a step that runs over that of the compiler's cycles and of wires: stalls, jitter, input, wires that hide less
-than is taken for granted."""
-FORMULAS = 1.35
+RUN = (0.85, 1.2)
+"""Time of a step that runs over that of the compiler's cycles and of wires: its estimates may be too careful, and they
+know no stalls, jitter or input, nor wires that hide less than is taken for granted."""
+FORMULAS = (0.98, 1.12)
 """The compiler's cycles over what the formulas say of the same program."""
-GPU = 2.0
+GPU = (1.0, 2.0)
 """Time of a step on a GPU over what the formulas say, which know neither its attention nor small products."""
 
 
@@ -29,6 +26,8 @@ def step_range(
     """
     if spread is not None:
         low, high = 1 / (1 + spread), 1 + spread
+    elif kind == "gpu":
+        low, high = GPU
     else:
-        low, high = 1.0, GPU if kind == "gpu" else RUN if by_compiler else RUN * FORMULAS
+        low, high = RUN if by_compiler else (RUN[0] * FORMULAS[0], RUN[1] * FORMULAS[1])
     return step_s * low, step_s * high + time.unknown_bytes / STAND_IN
