@@ -9,15 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import Config
 from maxlm.config_file import to_yaml
-
-POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,40 +42,32 @@ class Compiled:
         return self.problem is None
 
 
-def compile_on(
-    config: Config, topology: str, timeout_s: float = 3600, waiting: Callable[[float], None] = lambda seconds: None
-) -> Compiled:
+def compile_on(config: Config, topology: str, timeout_s: float = 3600) -> Compiled:
     """Compiles a run's train step for a TPU slice.
 
     Args:
-        config: the run; its mesh fits the slice.
-        topology: as jax names it: v5e:4x4.
+        config: the run; its mesh fits the slice, or as many as its mesh.slices says.
+        topology: as jax names a slice: v5e:4x4.
         timeout_s: after so many seconds it is given up.
-        waiting: hears of the seconds so far, now and then.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="maxlm-plan-") as folder:
-        path, out, said = (Path(folder, name) for name in ("config.yaml", "out", "said"))
+        path = Path(folder, "config.yaml")
         path.write_text(to_yaml(config))
-        slices = f"{config.mesh.slices}x{topology}"
-        command = [sys.executable, "-m", "maxlm", "compile", str(path), "--on", slices, "--json"]
+        machine = f"{config.mesh.slices}x{topology}"
+        command = [sys.executable, "-m", "maxlm", "compile", str(path), "--on", machine, "--json"]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        with out.open("wb") as stdout, said.open("wb") as stderr:
-            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
-            try:
-                while process.poll() is None and time.monotonic() - start < timeout_s:
-                    waiting(time.monotonic() - start)
-                    time.sleep(POLL_S)
-            finally:
-                process.kill()
-                process.wait()
-        seconds = time.monotonic() - start
-        if seconds >= timeout_s:
-            return Compiled(None, f"the compiler took more than {timeout_s:.0f} s", seconds)
-        lines = [line for line in said.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-        problem = lines[-1].removeprefix("error: ") if lines else f"the compiler ended with {process.returncode}"
         try:
-            figures = json.loads(out.read_text().splitlines()[-1])
-        except (ValueError, IndexError):
-            return Compiled(None, problem, seconds)
-        return Compiled(figures, problem if process.returncode else None, seconds)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", env=environment, timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired:
+            return Compiled(None, f"the compiler took more than {timeout_s:.0f} s", timeout_s)
+    seconds = time.monotonic() - start
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    problem = said[-1].removeprefix("error: ") if said else f"the compiler ended with {done.returncode}"
+    try:
+        figures = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return Compiled(None, problem, seconds)
+    return Compiled(figures, problem if done.returncode else None, seconds)

@@ -108,7 +108,7 @@ def _compiled_rows(
             rows.append(_row(where, plan, compiled, terms))
     if not rows:
         raise ConfigError(f"{where.name}: the compiler refuses the {tried} best plans, the last one because: {problem}")
-    rows.sort(key=lambda row: row.step_s[0])
+    rows.sort(key=lambda row: sum(row.step_s))
     return rows + [_row(where, plan, None, terms) for plan in plans[tried:]]
 
 
@@ -123,14 +123,14 @@ def _different(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> Row:
-    step_s, figures = plan.time.total, compiled.figures if compiled is not None else None
-    if figures is not None and figures["step_time_s"]:
+    step_s, figures = plan.time.total, (compiled.figures if compiled is not None else None) or {}
+    if priced := figures.get("step_time_s"):
         # the compiler prices what a core does, a pipeline's idle ticks included but for attention's kernels; what waits
         # for wires is added as by the formulas
         stages = plan.sizes["stage"]
         idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
-        step_s = figures["step_time_s"] + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
-    ends = step_range(step_s, plan.time, where.machine.kind, by_compiler=figures is not None)
+        step_s = priced + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
+    ends = step_range(step_s, plan.time, where.machine.kind, by_compiler=bool(priced))
     low, high = (totals(plan.config, where.whole_chip, where.num_chips, seconds, terms) for seconds in ends)
     return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, ends, low, high)
 

@@ -130,22 +130,11 @@ def variants(config: Config, chip: Chip, numerics: Collection[str]) -> list[Conf
         numerics: names of NUMERICS that may change.
     """
     state, mode = config.optim.state_dtype, config.quant.mode
-    choices = {
-        "state_dtype": STATE_DTYPES[STATE_DTYPES.index(state) :],
-        "quant": ("none", "int8") if mode == "none" and chip.name in INT8 else (mode,),
-    }
-    own = {"state_dtype": (state,), "quant": (mode,)}
-    return [
-        config.model_copy(
-            update={
-                "optim": config.optim.model_copy(update={"state_dtype": state_dtype}),
-                "quant": config.quant.model_copy(update={"mode": quant}),
-            }
-        )
-        for state_dtype, quant in itertools.product(
-            *((choices if name in numerics else own)[name] for name in NUMERICS)
-        )
-    ]
+    states = STATE_DTYPES[STATE_DTYPES.index(state) :] if "state_dtype" in numerics else (state,)
+    modes = ("none", "int8") if "quant" in numerics and mode == "none" and chip.name in INT8 else (mode,)
+    optims = [config.optim.model_copy(update={"state_dtype": value}) for value in states]
+    quants = [config.quant.model_copy(update={"mode": value}) for value in modes]
+    return [config.model_copy(update={"optim": o, "quant": q}) for o in optims for q in quants]
 
 
 def meshes(config: Config, place: Place, split: bool) -> Iterator[dict[str, int]]:
@@ -156,25 +145,18 @@ def meshes(config: Config, place: Place, split: bool) -> Iterator[dict[str, int]
         place: where.
         split: sequences may be.
     """
-    model, per_slice = config.model, math.prod(place.torus)
-    experts = _divisors(model.num_experts) if model.num_experts else [1]
-    contexts = [n for n in _divisors(per_slice) if n <= MOST_CONTEXT] if split else [1]
-    for tensor in (n for n in _divisors(per_slice) if n <= MOST_TENSOR):
-        for stage in (n for n in _divisors(per_slice // tensor) if n <= min(MOST_STAGES, model.num_repeats)):
-            for rounds in [n for n in ROUNDS if n * stage <= model.num_repeats] if stage > 1 else [1]:
-                for context, expert in itertools.product(contexts, experts):
-                    inner = tensor * stage * context * expert
-                    if per_slice % inner:
-                        continue
-                    for fsdp in _divisors(per_slice // inner):
-                        sizes = {"data": per_slice // inner // fsdp, "stage": stage, "rounds": rounds, "fsdp": fsdp}
-                        yield {
-                            "slices": place.num_slices,
-                            **sizes,
-                            "expert": expert,
-                            "context": context,
-                            "tensor": tensor,
-                        }
+    repeats, per_slice = config.model.num_repeats, math.prod(place.torus)
+    parts = _divisors(per_slice)
+    tensors, stages = [n for n in parts if n <= MOST_TENSOR], [n for n in parts if n <= min(MOST_STAGES, repeats)]
+    contexts = [n for n in parts if n <= MOST_CONTEXT] if split else [1]
+    experts = _divisors(config.model.num_experts or 1)
+    for tensor, stage, rounds, context, expert, fsdp in itertools.product(
+        tensors, stages, ROUNDS, contexts, experts, parts
+    ):
+        data, left = divmod(per_slice, tensor * stage * context * expert * fsdp)
+        if left == 0 and (rounds == 1 or (stage > 1 and stage * rounds <= repeats)):
+            within = {"data": data, "stage": stage, "fsdp": fsdp, "expert": expert, "context": context}
+            yield {"slices": place.num_slices, **within, "tensor": tensor, "rounds": rounds}
 
 
 def microbatches(config: Config, mesh: Mapping[str, int]) -> list[int]:
