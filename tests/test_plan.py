@@ -286,6 +286,7 @@ def test_what_the_compiler_refuses_is_left_out_and_what_it_says_counts(capsys, m
     plans = json.loads(out)["plans"]
     assert "it does not fit" in err and "compiling the 2. of" in err
     by_compiler = [p for p in plans if p["basis"] == "compiler"]
+    assert plans[0]["basis"] == "compiler", "which can run for sure"
     assert len(by_compiler) == 1 and by_compiler[0]["step_time_s"]["high"] >= 123.0
     widths = {p["basis"]: p["step_time_s"]["high"] / p["step_time_s"]["low"] for p in plans}
     assert 1 < widths["compiler"] < widths["formulas"]

@@ -95,8 +95,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     asked, notes = _asked(args)
     found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
-    rows = planner.nearest(found.rows, deadline_s, None if args.scaling else budget)
-    rows.sort(key=table.Row.order)
+    rows = planner.ordered(planner.nearest(found.rows, deadline_s, None if args.scaling else budget))
     notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
     seconds = time.monotonic() - started
     others = _others(args, config, *asked[0]) if args.what_if else []

@@ -135,6 +135,20 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
     return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, ends, low, high)
 
 
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Rows with those of the cheapest machine first, by the middle of the first one's range; unpriced ones by days.
+
+    Those of a machine stay as they are: what the compiler has taken comes before what it has not seen.
+    """
+
+    def cost(row: Row) -> tuple[bool, float]:
+        name = "days" if row.low["usd"] is None else "usd"
+        return name == "days", (row.low[name] or 0) + (row.high[name] or 0)
+
+    first = {row.machine: cost(row) for row in reversed(rows)}
+    return sorted(rows, key=lambda row: first[row.machine])
+
+
 def nearest(rows: Sequence[Row], deadline_s: float | None, budget_usd: float | None) -> list[Row]:
     """Rows that may keep to a deadline and a budget.
 

@@ -48,11 +48,6 @@ class Row:
         known = self.compiled.peak_bytes if self.compiled is not None else None
         return self.plan.memory.peak if known is None else known
 
-    def order(self) -> tuple[bool, float]:
-        """By which rows of several machines are sorted: the middle of what they cost, or of the days without prices."""
-        name = "days" if self.low["usd"] is None else "usd"
-        return name == "days", (self.low[name] or 0) + (self.high[name] or 0)
-
     def as_json(self) -> dict[str, Any]:
         """Everything, in base units."""
         memory, time = self.plan.memory, self.plan.time
