@@ -45,7 +45,7 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     Returns:
         JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles), places,
         arguments (their bytes by part) and buffers: what lies in memory beside them when that is most (buffers.py),
-        as dicts of place, array, count and bytes (of all).
+        as dicts of place, array, count and bytes (of all); buffers_bytes is their sum, those not named included.
 
     Raises:
         ConfigError: the config does not fit the slice, or the TPU compiler is missing.
@@ -64,12 +64,14 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     names = {"params": "weights", "opt": "optimizer"}
     arguments = {names.get(key, key): bytes_per_device(tree) for key, tree in program.state_shapes.items()}
     arguments["batch"] = bytes_per_device(program.batch_shapes)
+    at_peak = buffers.at_peak(text)
     return {
         "topology": topology,
         **result,
         "places": top_operations(priced, top),
         "arguments": arguments,
-        "buffers": _largest(buffers.at_peak(text), top),
+        "buffers": _largest(at_peak, top),
+        "buffers_bytes": sum(buffer.bytes for buffer in at_peak),
     }
 
 

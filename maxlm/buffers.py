@@ -55,12 +55,22 @@ def at_peak(text: str) -> list[Buffer]:
 
 @dataclass
 class _Run:
-    """Goes through a program once, loops once each, and notes where arrays lie; `at` is their numbers' root."""
+    """Goes through a program, loops once each, and notes which arrays (leaves of results) lie in one place.
+
+    Attributes:
+        text: of the program.
+        now: operations that were passed.
+        parents: of each leaf another one in the same place, or itself: a union-find forest.
+        known: what each leaf is.
+        types: of each leaf, layout included.
+        arguments: leaves of the program's parameters, by their number.
+    """
 
     text: str
     now: int = 0
     parents: list[int] = field(default_factory=list)
     known: list[Buffer] = field(default_factory=list)
+    types: list[str] = field(default_factory=list)
     arguments: dict[int, int] = field(default_factory=dict)
 
     def buffers(self) -> list[Buffer]:
@@ -127,9 +137,9 @@ class _Run:
             return operands[0]
         if operation.endswith("-done"):
             wanted = [match[0] for match in _LEAF.finditer(result)]
-            started = {self.known[leaf].array: leaf for leaf in _flat(operands[0])}
-            if all(_name(text) in started for text in wanted):
-                return [[started[_name(text)]] for text in wanted]
+            started = {self.types[leaf]: leaf for leaf in _flat(operands[0])}
+            if all(text in started for text in wanted):
+                return [[started[text]] for text in wanted]
         source = re.search(r'op_name="([^"]*)"', rest)
         value = [
             [self._new(match, operation, source[1] if source else "") for match in _LEAF.finditer(element)]
@@ -157,14 +167,17 @@ class _Run:
                     self._join(both[numbers[0]], both[n])
         if operation.endswith("-start"):
             for leaf in leaves:
-                same = [other for other in passed if self.known[other].array == self.known[leaf].array]
+                same = [other for other in passed if self.types[other] == self.types[leaf]]
                 if same:
                     self._join(leaf, passed.pop(passed.index(same[0])))
 
     def _new(self, match: re.Match[str], operation: str, source: str) -> int:
         size = 0 if operation == "constant" else _bytes(match)
         self.parents.append(len(self.parents))
-        self.known.append(Buffer(_name(match[0]), size, source, self.now, self.now, operation == "parameter"))
+        self.types.append(match[0])
+        self.known.append(
+            Buffer(match[0].partition("{")[0], size, source, self.now, self.now, operation == "parameter")
+        )
         return len(self.parents) - 1
 
     def _use(self, leaves: Sequence[int]) -> None:
@@ -196,10 +209,6 @@ def _elements(result: str) -> list[str]:
         else:
             found[-1] += char
     return found
-
-
-def _name(text: str) -> str:
-    return text.partition("{")[0]
 
 
 def _bytes(match: re.Match[str]) -> int:

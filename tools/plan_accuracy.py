@@ -155,6 +155,7 @@ def compare(name: str) -> dict[str, Any]:
         "predicted_s": predicted_s,
         "seconds": compiled.figures["step_time_s"],
         "memory_error": memory.peak / (compiled.peak_bytes or math.nan) - 1,
+        "buffers_error": compiled.figures["buffers_bytes"] / compiled.figures["heap_bytes"] - 1,
         "time_error": predicted_s / compiled.figures["step_time_s"] - 1,
     }
 
