@@ -47,9 +47,10 @@ def test_a_narrower_state_that_saves_next_to_nothing_is_not_chosen():
 
 @pytest.mark.parametrize(("machine", "gains"), [("v5e-16", True), ("v4-32", False), ("tpu7x-8", False)])
 def test_int8_is_told_to_be_cheaper_only_where_the_chip_is_faster_in_it(machine, gains, capsys):
-    _, out, _ = plan(capsys, "--on", machine, "--top", "1", "--json")
-    (saved,) = json.loads(out)["gains"].values()
-    assert ("quant.mode=int8" in saved) == gains
+    _, out, _ = plan(capsys, "--on", machine, "--top", "1", "--what-if", "--json")
+    found = json.loads(out)
+    (saved,) = found["gains"].values()
+    assert ("quant.mode=int8" in saved) == gains == ("int8" in {row["name"] for row in found["what_if"]})
     assert all(0 < share < 1 for share in saved.values())
     _, out, _ = plan(capsys, "--on", machine, "--top", "1", "--numerics")
     assert ("quant.mode=int8" in out) == gains and "--numerics" not in out

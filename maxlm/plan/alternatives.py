@@ -12,7 +12,7 @@ from maxlm.plan import what_if
 from maxlm.plan.laws import Law
 from maxlm.plan.money import Terms, totals
 from maxlm.plan.ranges import step_range
-from maxlm.plan.search import search
+from maxlm.plan.search import search, variants
 from maxlm.plan.table import aligned, between
 from maxlm.plan.targets import Target
 from maxlm.plan.what_if import Alternative
@@ -66,12 +66,14 @@ def ways(
 
 
 def priced(config: Config, found: Sequence[Alternative], where: Target, terms: Terms) -> list[Priced]:
-    """Plans each way by formulas. A teacher's forward pass stretches the step by its FLOPs."""
-    rows = []
+    """Plans each way by formulas, int8 where it is faster. A teacher's forward pass stretches the step by its FLOPs."""
+    rows, quant = [], variants(config, where.place.chip, ("quant",))[-1].quant
     for way in found:
+        if way.name == "int8" and quant == config.quant:
+            continue
         train = config.train.model_copy(update={"steps": None, "tokens": max(1, round(way.tokens))})
-        quant = config.quant.model_copy(update={"mode": "int8"}) if way.name.startswith("int8") else config.quant
-        changed = config.model_copy(update={"model": way.model, "train": train, "quant": quant})
+        own = quant if way.name == "int8" else config.quant
+        changed = config.model_copy(update={"model": way.model, "train": train, "quant": own})
         try:
             best = search(changed, where.place)[0]
         except ConfigError:
