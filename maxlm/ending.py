@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from maxlm import flops, goodput, report, units
+from maxlm import flops, goodput, receipt, report, units
 from maxlm.config import Config
 from maxlm.data.baseline import ngram_bits_per_byte
 from maxlm.data.loader import Loader
@@ -20,6 +20,7 @@ from maxlm.mesh import mesh_text
 from maxlm.metrics import read_metrics
 from maxlm.progress import summary_table
 from maxlm.quant_rules import advice
+from maxlm.receipt import Prediction
 from maxlm.run_folder import RunFolder
 from maxlm.sample import sample
 from maxlm.step import Program, State
@@ -61,7 +62,9 @@ def bytes_per_device(shapes: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataSource, first: int) -> None:
+def show(
+    loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataSource, first: int, plan: Prediction | None
+) -> None:
     """Prints the summary with which a run starts."""
     config, train = loop.config, loop.config.train
     tokens = (train.num_steps - first) * train.tokens_per_step
@@ -83,6 +86,7 @@ def show(loop: Loop, run_facts: dict[str, Any], folder: RunFolder, source: DataS
         f"{' on the host' if config.optim.state_on_host else ''})",
         "held-out": _missing_heldout(source, train.seq_len),
         "precision": f"{config.model.dtype} compute{_products(config)}, {at_rest} weights, {updates}updates and loss",
+        "predicted": receipt.foretold(plan),
         "note": run_facts["advice"],
     }
     loop.progress.note(summary_table(rows))
@@ -105,6 +109,12 @@ def _missing_heldout(source: DataSource, seq_len: int) -> str | None:
     return "none: no row of held-out text (maxlm data build --heldout 0.01)"
 
 
+def _hbm_peak_bytes(program: Program) -> float | None:
+    """The most that a device of this host has held since the process began; None where it does not tell."""
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in program.mesh.local_devices]
+    return max((float(peak) for peak in told if peak), default=None)
+
+
 @dataclass
 class Ending:
     """Closes a run: summary.json, and when it is complete the final figures, sample and report.
@@ -115,6 +125,7 @@ class Ending:
         source: its data.
         facts: from `facts`.
         started: time.perf_counter() when this start began.
+        plan: what the run was predicted to take; None where nothing was.
     """
 
     loop: Loop
@@ -122,6 +133,7 @@ class Ending:
     source: DataSource
     facts: dict[str, Any]
     started: float
+    plan: Prediction | None = None
 
     def __post_init__(self) -> None:
         self._wall_before_s = self.folder.read_summary().get("wall_s", 0.0)
@@ -180,6 +192,8 @@ class Ending:
             more["baselines"] = ngram_bits_per_byte(stores[0])
         more |= self._sample(state)
         self.loop.checkpoints.wait()
+        if self.folder.primary:
+            more |= self._receipt(step)
         self.write(step, "complete", **more)
         note(summary_table(self._closing_rows(final, more)))
         if self.folder.primary:
@@ -187,6 +201,25 @@ class Ending:
             paths = report.write_report([self.folder.path])
             note("report       " + "\n             ".join(str(path) for path in paths))
         return final
+
+    def _receipt(self, step: int) -> dict[str, Any]:
+        """What was measured beside what was predicted, for summary.json; also the last row of the metrics."""
+        loop, since = self.loop, self.plan.since_step if self.plan else 0
+        step_time_s = receipt.median(receipt.step_times(read_metrics(self.folder.path), since))
+        mfu = None
+        if step_time_s and (peak := self.facts["peak_flops"]):
+            rate = loop.config.train.tokens_per_step / step_time_s
+            mfu = flops.mfu(rate, self.facts["flops_per_token"], peak)
+        measured = {
+            "step_time_s": step_time_s,
+            "hbm_peak_bytes": _hbm_peak_bytes(loop.program),
+            "mfu": mfu,
+            "usd": loop.ledger.goodput().usd,
+        }
+        record = receipt.compare(self.plan, measured)
+        if loop.metrics and record:
+            loop.metrics.receipt(step, record)
+        return {"receipt": record, "predicted_by": self.plan.basis if self.plan else None}
 
     def _train_loss(self) -> float:
         """Of the newest step that counted; from the metrics, of a run that was killed before its last evaluation."""
@@ -227,5 +260,6 @@ class Ending:
         first = self.loop.first_step_s
         rows["time"] = units.duration(self.wall_s) + (f", first step after {first:.1f} s" if first else "")
         rows |= goodput.rows(self.loop.ledger.goodput())
+        rows |= receipt.rows(more.get("receipt", {}), more.get("predicted_by"))
         rows["checkpoint"] = str(self.loop.checkpoints.latest_path())
         return rows

@@ -42,6 +42,7 @@ class Start:
         updated: up to when its time is known: began and all its seconds.
         devices: how many it ran on.
         seconds: by phase.
+        usd_per_hour: what its devices cost; None where nobody knows.
     """
 
     began: float
@@ -50,6 +51,7 @@ class Start:
     updated: float
     devices: int
     seconds: dict[str, float] = field(default_factory=dict)
+    usd_per_hour: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Goodput:
         starts: how many there were.
         lost_steps: steps that were done again, since they were not saved when their start ended.
         device_hours: hours of its starts times their devices; the time between starts is not part of it.
+        usd: what these cost; None where no start knew a price.
     """
 
     seconds: dict[str, float]
     starts: int
     lost_steps: int
     device_hours: float
+    usd: float | None = None
 
     @property
     def total_s(self) -> float:
@@ -109,11 +113,21 @@ def summarize(starts: Sequence[Start]) -> Goodput:
         lost_steps, resumed = lost_steps + int(lost), min(resumed, start.first)
     seconds[IDLE] += sum(max(0.0, after.began - before.updated) for before, after in itertools.pairwise(starts))
     device_hours = sum(start.devices * sum(start.seconds.values()) for start in starts) / 3600
-    return Goodput({k: s for k, s in seconds.items() if s > 0}, len(starts), lost_steps, device_hours)
+    kept = {k: s for k, s in seconds.items() if s > 0}
+    return Goodput(kept, len(starts), lost_steps, device_hours, _usd(starts))
+
+
+def _usd(starts: Sequence[Start]) -> float | None:
+    """What the hours of starts cost. One that knew no price is counted at the newest known one of a device."""
+    known = [start.usd_per_hour / start.devices for start in starts if start.usd_per_hour is not None and start.devices]
+    if not known:
+        return None
+    rates = (known[-1] * s.devices if s.usd_per_hour is None else s.usd_per_hour for s in starts)
+    return sum(rate * sum(s.seconds.values()) for rate, s in zip(rates, starts, strict=True)) / 3600
 
 
 def rows(found: Goodput) -> dict[str, str]:
-    """Two lines for a table of names and values."""
+    """Lines for a table of names and values."""
     spent = {k: s for k, s in found.seconds.items() if k != STEP and s >= 0.0005 * found.total_s}
     text = f"{found.fraction:.1%} of {units.duration(found.total_s)} went into steps that count"
     if IDLE in spent:
@@ -121,7 +135,8 @@ def rows(found: Goodput) -> dict[str, str]:
     rest = [f"{PHASES.get(k, k)} {units.duration(s)}" for k, s in sorted(spent.items(), key=lambda x: -x[1])]
     if found.lost_steps:
         rest.append(f"{found.lost_steps:,} step{'s' * (found.lost_steps > 1)} done again")
-    return {"goodput": text, **({"other time": ", ".join(rest)} if rest else {})}
+    cost = {} if found.usd is None else {"cost": f"{units.dollars(found.usd)} for the hours of its starts"}
+    return {"goodput": text, **({"other time": ", ".join(rest)} if rest else {}), **cost}
 
 
 def read(run_dir: str) -> list[Start]:
@@ -150,6 +165,7 @@ def to_json(starts: Sequence[Start]) -> bytes:
 
 def _checked(start: Start) -> Start:
     numbers = [start.began, start.updated, start.first, start.step, start.devices, *start.seconds.values()]
+    numbers.append(0.0 if start.usd_per_hour is None else start.usd_per_hour)
     whole = all(isinstance(n, int) for n in (start.first, start.step, start.devices))
     if not whole or not all(math.isfinite(n) and n >= 0 for n in numbers) or start.step < start.first:
         raise ValueError

@@ -56,6 +56,7 @@ class Ledger:
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
         resumed: bool = True,
+        usd_per_hour: float | None = None,
     ):
         """Opens the ledger. A file that is missing or damaged is told and begun anew.
 
@@ -69,12 +70,13 @@ class Ledger:
             clock: seconds that only grow.
             wall_clock: seconds since 1970.
             resumed: the run has been here before; a branch of another one has not.
+            usd_per_hour: what the devices cost; None where nobody knows.
         """
         self._path, self._clock = storage.join(run_dir, FILE), clock
         self._tell = tell or partial(print, file=sys.stderr, flush=True)
         self._every_s = BUCKET_EVERY_S if storage.is_bucket(run_dir) else EVERY_S
         began, self._phase, self._since = wall_clock() - age_s, "start", clock() - age_s
-        self._start = Start(began, first, first, began, num_devices)
+        self._start = Start(began, first, first, began, num_devices, usd_per_hour=usd_per_hour)
         self._devices, self._unfinished_s = _Devices(first), 0.0
         self._writes, self._writer, self._problem = write, threading.Thread(), ""
         self._before = self._earlier(run_dir, first, resumed) if write else []

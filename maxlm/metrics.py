@@ -4,6 +4,7 @@ metrics.jsonl has one JSON object per line, in order of writing:
 - training:  {"step", "time", "loss", "grad_norm", "learning_rate", "tokens_per_s", "step_time_s", "mfu"?, ...}
 - held-out:  {"step", "time", "heldout_loss", "heldout_bits_per_byte", ...}
 - a restart: {"step", "time", "restart": true}, where step is the checkpoint that the run continued from.
+- at the end: {"step", "time", "receipt": true, ...}, what was measured beside what was predicted (receipt.py).
 `time` is in seconds since 1970. JSON has no NaN or infinity: a value that is not finite is written as null and read
 back as NaN.
 """
@@ -130,6 +131,17 @@ class MetricsWriter:
         self._write({"step": step, **values})
         for tracker in self._trackers:
             tracker.log(step, {f"heldout/{k.removeprefix('heldout_')}": float(v) for k, v in values.items()})
+
+    def receipt(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a run's last row.
+
+        Args:
+            step: optimizer steps done.
+            values: host numbers by name, see receipt.compare.
+        """
+        self._write({"step": step, "receipt": True, **values})
+        for tracker in self._trackers:
+            tracker.log(step, {f"receipt/{k}": float(v) for k, v in values.items()})
 
     def flush(self) -> None:
         """Makes what was written durable: called when a checkpoint is saved.

@@ -86,8 +86,8 @@ class Progress:
 
         Args:
             step: steps done, 1 after the first.
-            **values: host numbers; "loss", "tokens_per_s" and "step_time_s" are shown in their units, others as
-                `name value`. None is left out.
+            **values: host numbers; "loss", "tokens_per_s", "step_time_s" and "usd" (so far) are shown in their units,
+                others as `name value`. None is left out.
         """
         fields = self._fields(step, values)
         if self._bar is not None and self._task is not None:
@@ -128,6 +128,8 @@ class Progress:
             fields.append(f"MFU {utilization:.1%}")
         if step_time is not None:
             fields.append(f"{units.duration(step_time)}/step")
+        if "usd" in known:
+            fields.append(f"{units.dollars(known.pop('usd'))} so far")
         return fields + [f"{name} {value:.4g}" for name, value in known.items()]
 
     def _mfu(self, rate: float | None, given: float | None) -> float | None:

@@ -5,7 +5,8 @@ identity.json    what must not change within a run: model, data, seed, batch, op
 checkpoints/     STEP/ folders, written by Orbax, each with a MANIFEST.json
 metrics.jsonl    one line per logged step and per evaluation
 summary.json     where the run stands: status, final figures, baselines, sample, times
-goodput.json     where the time of each start went
+goodput.json     where the time of each start went, and what it cost
+plan.json        what the run was predicted to take, and to cost
 train.log        what was printed
 report.html      drawn at the end, and by `maxlm report`
 loss.png

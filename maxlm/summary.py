@@ -26,6 +26,8 @@ class _Summary(BaseModel):
     checkpoint: str | None = None
     final: dict[str, Number] = {}
     baselines: dict[str, Number] | None = None
+    receipt: dict[str, Number] | None = None
+    predicted_by: str | None = None
     prompt: str | None = None
     sample: str | None = None
 

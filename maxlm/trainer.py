@@ -28,6 +28,7 @@ from maxlm.loop import Callback, Loop
 from maxlm.loss import TokenLoss
 from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
 from maxlm.metrics import MetricsWriter
+from maxlm.plan import receipt
 from maxlm.progress import Progress
 from maxlm.run_folder import RunFolder, identity
 from maxlm.step import Program, State, build_program
@@ -112,18 +113,20 @@ def train(
         program = build_program(config, mesh, token_loss)
         state, first = _first_state(program, checkpoints, before, folder.tell)
         folder.write_config(config, wanted)
+        plan = receipt.start(config, devices, sizes, folder.path, first, folder.tell) if folder.primary else None
 
         # ---- loop
         age_s = ledger.age_s(time.perf_counter() - started)
         whose = (folder.path, first, mesh.size, age_s, folder.primary, folder.tell)
-        book = stack.enter_context(ledger.Ledger(*whose, resumed=done > 0))
+        usd_per_hour = plan.usd_per_hour if plan else None
+        book = stack.enter_context(ledger.Ledger(*whose, resumed=done > 0, usd_per_hour=usd_per_hour))
         facts = ending.facts(program, sizes)
         progress = stack.enter_context(_progress(config, folder, facts, first))
         metrics = stack.enter_context(_metrics(config, folder, first)) if folder.primary else None
         feed = Feed(program, source)
         loop = Loop(program, feed, checkpoints, metrics, progress, book, callbacks, facts, folder.file("profile"))
-        finish = ending.Ending(loop, folder, source, facts, started)
-        ending.show(loop, facts, folder, source, first)
+        finish = ending.Ending(loop, folder, source, facts, started, plan)
+        ending.show(loop, facts, folder, source, first, plan)
         with finish.told(first):
             state, step, stopped_by = loop.run(state, first)
 

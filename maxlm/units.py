@@ -52,6 +52,13 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def dollars(usd: float) -> str:
+    """An amount of USD: $0.0021, $0.35, $12.30, $4,210."""
+    if abs(usd) < 0.095:
+        return f"${usd:.2g}"
+    return f"${usd:,.2f}" if abs(usd) < 1000 else f"${usd:,.0f}"
+
+
 def duration(seconds: float) -> str:
     """A time span in at most two units: 0 s, 35.0 ms, 4.20 s, 2 min 05 s, 3 h 20 min, 2 d 4 h."""
     if not math.isfinite(seconds):

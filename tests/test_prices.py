@@ -6,7 +6,17 @@ import pytest
 
 from maxlm.config_file import ConfigError
 from maxlm.hardware import CHIPS
-from maxlm.plan.prices import COLUMNS, Price, co2e_kg, cost_usd, energy_kwh, find_price, read_prices, stale
+from maxlm.plan.prices import (
+    COLUMNS,
+    Price,
+    co2e_kg,
+    cost_usd,
+    energy_kwh,
+    find_price,
+    read_prices,
+    stale,
+    users_prices,
+)
 
 HEADER = ",".join(COLUMNS)
 
@@ -55,6 +65,15 @@ def test_the_users_price_comes_first_even_if_it_is_higher(tmp_path):
     assert found("TPU v5e", "spot", extra=mine).usd_per_chip_hour == 0.5
     assert found("TPU v5p", extra=mine) == found("TPU v5p")
     assert found("TPU v5e", extra=mine).chip == "TPU v5e"
+
+
+def test_users_price_their_own_hosts(tmp_path, monkeypatch):
+    assert users_prices() == [] and find_price("cpu") is None
+    monkeypatch.setenv("MAXLM_PRICES", str(user_file(tmp_path, "CPU,me,desk,on-demand,0.25,2026-11,power and rent")))
+    assert found("cpu", extra=users_prices()).usd_per_chip_hour == 0.25
+    monkeypatch.setenv("MAXLM_PRICES", str(tmp_path / "none.csv"))
+    with pytest.raises(ConfigError, match="none.csv does not exist"):
+        users_prices()
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_mfu_is_shown_only_when_the_peak_is_known(clock):
         assert ("MFU 40.0%" in shown(console)) is known
 
 
+def test_dollars_are_shown_only_where_a_price_is_known(clock):
+    for usd, words in ((0.0123, "$0.012 so far"), (4.5, "$4.50 so far"), (12345.6, "$12,346 so far"), (None, None)):
+        console = plain_console()
+        with Progress(10, console=console, clock=clock) as progress:
+            progress.update(1, loss=1.0, step_time_s=2.0, usd=usd, grad_norm=1.0)
+        assert (f"2.00 s/step   {words}   grad_norm" if words else "2.00 s/step   grad_norm") in shown(console)
+
+
 def test_a_loss_that_is_not_finite_is_shown(clock):
     console = plain_console()
     with Progress(10, console=console, clock=clock) as progress:

@@ -24,7 +24,12 @@ The mesh, the microbatches and the remat policy are searched; model and batch st
 --numerics, the types of optimizer state and products. The best are compiled by the real TPU compiler (pip install
 'maxlm[plan]'), which runs on this machine's CPU: a minute or more each. GPUs are planned by formulas alone. Ranges:
 what the figures say, and how much longer it may take by what they rest on. Names: v5p-128 (64 chips: cores are
-counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices)."""
+counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices).
+
+  maxlm plan --calibrate runs/a runs/b                          what runs have measured, for all later runs
+
+fits the formulas to finished runs, for each kind of hardware and type of products: factors go into
+~/.config/maxlm/calibration.json, or the file that MAXLM_CALIBRATION names."""
 COMPILE_EXAMPLES = """examples:
   maxlm compile configs/1b.yaml --on v5e-16
   maxlm compile configs/llama3_8b.yaml --on v6e:4x4 --hlo step.txt train.remat=dots
@@ -43,11 +48,13 @@ def add_parser(subparsers: Any) -> None:
         subparsers, "compile", _compile, "compile the step for a TPU slice that is not there", COMPILE_EXAMPLES
     )
     for command in (plan, compiled):
-        command.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/1b.yaml")
+        count = "?" if command is plan else None
+        command.add_argument("config", metavar="CONFIG", nargs=count, help="YAML file, such as configs/1b.yaml")
         command.add_argument("overrides", metavar="section.field=value", nargs="*", help="settings that replace its")
         command.add_argument("--json", action="store_true", help="print JSON, in base units")
     add = plan.add_argument
-    add("--on", action="append", required=True, metavar="MACHINE", help="a machine; give it again to compare several")
+    add("--on", action="append", metavar="MACHINE", help="a machine; give it again to compare several")
+    add("--calibrate", nargs="+", metavar="RUN", help="instead: fit the formulas to runs")
     add("--tokens", metavar="N", help="length of the run, such as 1T (that of the config)")
     add("--deadline", metavar="TIME", help="leave out what takes longer, such as 10d")
     add("--budget", metavar="USD", help="leave out what costs more; with --scaling: forecast the loss that it buys")
@@ -80,6 +87,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.calibrate:
+        return _calibrate(args)
     started = time.monotonic()
     _check(args)
     deadline_s = None if args.deadline is None else _read(units.seconds, "--deadline", args.deadline)
@@ -140,7 +149,7 @@ def _asked(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
 
     if args.price_kind not in prices.KINDS:
         raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
-    extra = prices.read_prices(args.prices) if args.prices else []
+    extra = prices.read_prices(args.prices) if args.prices else prices.users_prices()
     asked, notes = [], dict[str, None]()
     for where in map(target, dict.fromkeys(args.on)):
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
@@ -164,8 +173,23 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    _on_cpu()
+    from maxlm.plan import calibrate, factors
+
+    found = calibrate.calibrate(args.calibrate, datetime.date.today())
+    if args.json:
+        print(json.dumps({"file": factors.file_path(), "fits": [calibrate.as_json(one) for one in found]}))
+        return 0
+    print("\n\n".join(calibrate.show(one) for one in found))
+    print(f"kept in {path}: maxlm train uses it" if (path := factors.file_path()) else "kept nowhere")
+    return 0
+
+
 def _check(args: argparse.Namespace) -> None:
     """What would else be found out after minutes of compiling."""
+    if args.config is None or not args.on:
+        raise ConfigError("maxlm plan needs CONFIG and --on MACHINE, or --calibrate RUN")
     if args.top < 1 or args.compile < 0:
         raise ConfigError("--top is a count from 1, and --compile one from 0")
     if not (0 < args.goodput <= 1 and 1 <= args.pue < 100 and 0 <= (args.grid_gco2_per_kwh or 0) < 1e5):

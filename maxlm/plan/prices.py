@@ -10,6 +10,7 @@ import difflib
 import functools
 import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -20,6 +21,9 @@ from maxlm.config_file import ConfigError
 
 KINDS = ("on-demand", "spot", "reserved", "flex-start")
 STALE_DAYS = 90
+CPU = "cpu"
+"""A host without accelerators, as a chip; only users know what theirs cost."""
+FILE_VARIABLE = "MAXLM_PRICES"
 MAX_BYTES = 1 << 20
 """Of a file of prices."""
 NO_PRICE = 700.0
@@ -31,7 +35,7 @@ class Price:
     """What a chip costs somewhere; one row of prices.csv.
 
     Attributes:
-        chip: hardware.Chip.name.
+        chip: hardware.Chip.name, or CPU.
         provider: who sells it; empty where the source does not say.
         region: where; empty where the source does not say, or for all.
         kind: one of KINDS.
@@ -102,6 +106,12 @@ def read_prices(path: str | Path) -> list[Price]:
     return _parsed(text, shown)
 
 
+def users_prices() -> list[Price]:
+    """The prices in the file that $MAXLM_PRICES names; none where it is not set. Raises as read_prices does."""
+    path = os.environ.get(FILE_VARIABLE)
+    return read_prices(path) if path else []
+
+
 def stale(price: Price, today: datetime.date) -> str | None:
     """A sentence where a price is older than STALE_DAYS."""
     days = (today - _day(price.date)).days
@@ -169,9 +179,9 @@ def _header(cells: list[str], shown: str) -> list[str]:
 
 
 def _price(row: dict[str, str], where: str) -> Price:
-    chip = hardware.named(row["chip"])
+    names = {CPU: CPU, **{chip.name.lower(): chip.name for chip in hardware.CHIPS}}
+    chip = names.get(row["chip"].lower())
     if chip is None:
-        names = {chip.name.lower(): chip.name for chip in hardware.CHIPS}
         near = [names[n] for n in difflib.get_close_matches(row["chip"].lower()[:80], names, 3)] or names.values()
         raise ConfigError(f"{where}: chip {_clip(row['chip'])!r} is not known; names like it are {', '.join(near)}")
     if row["kind"] not in KINDS:
@@ -189,7 +199,7 @@ def _price(row: dict[str, str], where: str) -> Price:
         _day(row["date"])
     except ValueError:
         raise ConfigError(f"{where}: date {_clip(row['date'])!r} is to be YYYY-MM-DD or YYYY-MM") from None
-    return Price(chip.name, row["provider"], row["region"], row["kind"], usd, row["date"], row["source"])
+    return Price(chip, row["provider"], row["region"], row["kind"], usd, row["date"], row["source"])
 
 
 def _day(date: str) -> datetime.date:

@@ -64,6 +64,7 @@ class StepTime:
         wires: exposed time of collectives by logical axis; None for what crosses a network of unknown speed.
         bubble: idle time of a pipeline.
         unknown_bytes: that a device sends over networks of unknown speed.
+        overhead: of launching and waiting; runs alone tell it (calibrate.py).
     """
 
     products: float
@@ -72,11 +73,19 @@ class StepTime:
     wires: Mapping[str, float | None]
     bubble: float
     unknown_bytes: float = 0.0
+    overhead: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it; a lower bound where a network is not known."""
-        return self.products + self.attention + self.memory + self.bubble + sum(t or 0 for t in self.wires.values())
+        core = self.products + self.attention + self.memory + self.overhead
+        return core + self.bubble + sum(t or 0 for t in self.wires.values())
+
+    def parts(self) -> dict[str, float | None]:
+        """Seconds by name, which make up the total."""
+        named = ("products", "attention", "memory", "bubble", "overhead")
+        wires = {f"wires over {axis}": seconds for axis, seconds in self.wires.items()}
+        return {**{name: getattr(self, name) for name in named}, **wires}
 
     @property
     def rank(self) -> float:

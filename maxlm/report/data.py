@@ -103,6 +103,8 @@ def facts(run: Run) -> dict[str, Any]:
         "device_kind": told.get("device_kind"),
         "mesh": told.get("mesh"),
         "bytes_per_device": told.get("bytes_per_device"),
+        "receipt": told.get("receipt"),
+        "predicted_by": told.get("predicted_by"),
         "restarts": run.metrics.restarts,
         "not_finite_since": _not_finite_since(run),
         "checkpoint": told.get("checkpoint"),

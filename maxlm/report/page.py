@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxlm import goodput, units
+from maxlm import goodput, receipt, units
 from maxlm.report import charts
 from maxlm.report.data import Run, differences, facts, printable
 from maxlm.report.style import CSS
@@ -70,7 +70,7 @@ def _one_run(run: Run) -> str:
         _small_charts([run]),
         _time(run.time),
         _sample(run),
-        f'<div class="grid">{_memory(known)}{_parameters(known)}</div>',
+        f'<div class="grid">{_receipt(known)}{_memory(known)}{_parameters(known)}</div>',
         _notes(known),
         _details("Configuration", run.config_text),
     ]
@@ -172,6 +172,8 @@ def _time(spent: goodput.Goodput | None) -> str:
     if spent.lost_steps:
         facts.append(f"{spent.lost_steps:,} step{'s' * (spent.lost_steps > 1)} done again")
     facts.append(f"{spent.device_hours:.3g} device-hours")
+    if spent.usd is not None:
+        facts.append(units.dollars(spent.usd))
     title = f"Where the time went <small>{_esc(', '.join(facts))}</small>"
     return _card(title, f'<div class="stack">{"".join(bar)}</div><table class="time">{"".join(lines)}</table>')
 
@@ -192,6 +194,11 @@ def _memory(known: Mapping[str, Any]) -> str:
         memory = {"weights and optimizer state": memory}
     rows += [(f"{name.replace('_', ' ')}, per device", units.size(value)) for name, value in memory.items()]
     return _table_card("Mesh and memory", rows)
+
+
+def _receipt(known: Mapping[str, Any]) -> str:
+    rows = receipt.rows(known.get("receipt", {}), known.get("predicted_by"))
+    return _table_card("Predicted and measured", list(rows.items()))
 
 
 def _parameters(known: Mapping[str, Any]) -> str:

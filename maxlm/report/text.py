@@ -2,7 +2,7 @@
 
 import math
 
-from maxlm import goodput, progress, units
+from maxlm import goodput, progress, receipt, units
 from maxlm.report.data import Run, facts, load_runs, printable
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -68,6 +68,7 @@ def _rows(run: Run, known: dict) -> list[tuple[str, str]]:
         if key in known:
             rows.append((label, show(known[key])))
     rows += goodput.rows(run.time).items() if run.time else []
+    rows += receipt.rows(known.get("receipt", {}), known.get("predicted_by")).items()
     rows.append(("devices", hardware_text(known)))
     rows.append(("skipped steps", known.get("skipped_steps")))
     rows.append(("restarts at step", ", ".join(map(str, known.get("restarts", []))) or None))
