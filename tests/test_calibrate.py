@@ -1,4 +1,4 @@
-"""maxlm plan --calibrate: factors that runs teach, the file that keeps them, and what is refused."""
+"""maxlm plan --calibrate: factors that runs teach, the file that keeps them, and the plans that use them."""
 
 import datetime
 import json
@@ -108,11 +108,13 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"H100": 3}', '{"H100": {"bfloat16": {"products": -1}}}'])
-def test_a_damaged_file_is_one_sentence(kept, text):
+def test_a_damaged_file_is_one_sentence(kept, text, capsys):
     kept.parent.mkdir()
     kept.write_text(text)
     with pytest.raises(ConfigError, match="calibration.json is damaged.*remove it"):
         factors.read()
+    assert main(["plan", "configs/1b.yaml", "--on", "v5e-16", "--compile", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 # ---- runs
@@ -144,11 +146,24 @@ def run_folder(path, seconds, *overrides, steps=8, **changes):
     return str(path)
 
 
-def test_what_a_run_has_taught_is_printed_and_kept(kept, tmp_path, capsys):
+def test_plans_use_what_runs_have_taught_and_say_so(kept, tmp_path, capsys):
+    arguments = ["plan", "configs/1b.yaml", "--on", "v5e-16", "--compile", "0", "--top", "1", "--json"]
+    main(arguments)
+    before = json.loads(capsys.readouterr().out)["plans"][0]
     assert main(["plan", "--calibrate", run_folder(tmp_path / "a", 1.3), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["file"] == str(kept) and told["fits"][0]["factors"]["products"] == pytest.approx(1.3)
     assert told["fits"][0]["before"] == pytest.approx([1 / 1.3])
+    main(arguments)
+    found = json.loads(capsys.readouterr().out)
+    after = found["plans"][0]
+    assert after["overrides"] == before["overrides"] and after["basis"] == "formulas, 1 run"
+    measured = 1.3 * sum(before["step_parts_s"].values())
+    assert sum(after["step_parts_s"].values()) == pytest.approx(measured)
+    assert after["step_time_s"] == pytest.approx({"low": measured / 1.25, "high": measured * 1.25})
+    assert any(note.startswith("TPU v5e, bfloat16: by formulas, fitted to 1 run on ") for note in found["notes"])
+    main(["plan", "configs/1b.yaml", "--on", "v5p-16", "--compile", "0", "--json"])
+    assert json.loads(capsys.readouterr().out)["plans"][0]["basis"] == "formulas", "of other chips nothing is known"
 
 
 def test_runs_of_different_types_teach_their_own(kept, tmp_path, capsys):

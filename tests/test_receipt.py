@@ -218,7 +218,7 @@ def test_a_run_is_priced_stopped_resumed_calibrated_with_and_predicted(tmp_path,
     assert "predicted_step_time_s" not in last and "hbm_peak_bytes" not in last, "a CPU does not tell, and is not known"
 
     assert main(["plan", "--calibrate", run]) == 0
-    assert "maxlm train uses it" in capsys.readouterr().out
+    assert "maxlm plan and maxlm train use it" in capsys.readouterr().out
     maxlm.train(config(tmp_path, steps=12))
     said, known = capsys.readouterr().out, receipt.read(run)
     assert known.since_step == 8 and known.step_time_s.predicted == pytest.approx(receipt.median(times))

@@ -26,7 +26,7 @@ The mesh, the microbatches and the remat policy are searched; model and batch st
 what the figures say, and how much longer it may take by what they rest on. Names: v5p-128 (64 chips: cores are
 counted), v6e-256, v5p:4x4x4, h100:8, 4xv5p-512 (four slices).
 
-  maxlm plan --calibrate runs/a runs/b                          what runs have measured, for all later runs
+  maxlm plan --calibrate runs/a runs/b                          what runs have measured, for all later plans
 
 fits the formulas to finished runs, for each kind of hardware and type of products: factors go into
 ~/.config/maxlm/calibration.json, or the file that MAXLM_CALIBRATION names."""
@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
         command.add_argument("--json", action="store_true", help="print JSON, in base units")
     add = plan.add_argument
     add("--on", action="append", metavar="MACHINE", help="a machine; give it again to compare several")
-    add("--calibrate", nargs="+", metavar="RUN", help="instead: fit the formulas to runs")
+    add("--calibrate", nargs="+", metavar="RUN", help="instead: fit the formulas to runs, for all later plans")
     add("--tokens", metavar="N", help="length of the run, such as 1T (that of the config)")
     add("--deadline", metavar="TIME", help="leave out what takes longer, such as 10d")
     add("--budget", metavar="USD", help="leave out what costs more; with --scaling: forecast the loss that it buys")
@@ -102,7 +102,7 @@ def _plan(args: argparse.Namespace) -> int:
     from maxlm.plan import alternatives, planner, scaling_cli, table
     from maxlm.report.data import plain
 
-    asked, notes = _asked(args)
+    asked, notes = _asked(args, config.model.dtype)
     found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
     rows = planner.ordered(planner.nearest(found.rows, deadline_s, None if args.scaling else budget))
     notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
@@ -141,19 +141,21 @@ def _bought(runs: list[str], budget_usd: float | None, config: Any, row: Any) ->
     return {"buys": text, **scaling_report(runs, bought)}
 
 
-def _asked(args: argparse.Namespace) -> tuple[list[Any], list[str]]:
-    """Each machine with what it costs (Target, Terms), and what is to be said of prices."""
-    from maxlm.plan import prices
+def _asked(args: argparse.Namespace, dtype: str) -> tuple[list[Any], list[str]]:
+    """Each machine with what it costs (Target, Terms), and what is to be said of its price and of runs that taught it."""
+    from maxlm.plan import factors, prices
     from maxlm.plan.money import Terms
-    from maxlm.plan.targets import target
+    from maxlm.plan.targets import target, taught
 
     if args.price_kind not in prices.KINDS:
         raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
     extra = prices.read_prices(args.prices) if args.prices else prices.users_prices()
-    asked, notes = [], dict[str, None]()
-    for where in map(target, dict.fromkeys(args.on)):
+    asked, notes, known = [], dict[str, None](), factors.read()
+    for where in (taught(target(name), known) for name in dict.fromkeys(args.on)):
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
         notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
+        if fitted := where.place.factors.get(dtype):
+            notes[f"{where.machine.chip}, {dtype}: by {fitted.basis}"] = None
         if price is not None and (old := prices.stale(price, datetime.date.today())):
             notes[old] = None
         asked.append((where, Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)))
@@ -182,7 +184,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         print(json.dumps({"file": factors.file_path(), "fits": [calibrate.as_json(one) for one in found]}))
         return 0
     print("\n\n".join(calibrate.show(one) for one in found))
-    print(f"kept in {path}: maxlm train uses it" if (path := factors.file_path()) else "kept nowhere")
+    print(f"kept in {path}: maxlm plan and maxlm train use it" if (path := factors.file_path()) else "kept nowhere")
     return 0
 
 

@@ -130,9 +130,11 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         stages = plan.sizes["stage"]
         idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
         step_s = priced + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
-    ends = step_range(step_s, plan.time, where.machine.kind, by_compiler=bool(priced))
+    taught = None if priced else where.place.factors.get(plan.config.model.dtype)
+    ends = step_range(step_s, plan.time, where.machine.kind, bool(priced), taught.spread if taught else None)
     low, high = (totals(plan.config, where.whole_chip, where.num_chips, seconds, terms) for seconds in ends)
-    return Row(where.name, where.num_chips, plan, compiled, where.place.chip.hbm_bytes, ends, low, high)
+    num_runs, hbm_bytes = taught.num_runs if taught is not None else 0, where.place.chip.hbm_bytes
+    return Row(where.name, where.num_chips, plan, compiled, hbm_bytes, ends, low, high, num_runs)
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:

@@ -7,12 +7,13 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maxlm.config import AXES, Config
 from maxlm.config_file import ConfigError, parse_config
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
+from maxlm.plan.factors import Factors
 from maxlm.plan.memory import REPLICAS, Memory, predict_memory
 from maxlm.plan.step_time import INT8, StepTime, predict_step_time
 
@@ -49,16 +50,24 @@ class Place:
         chip: what one device can do.
         torus: dimensions of a slice in devices; one for GPUs.
         num_slices: slices joined by the data-centre network.
+        factors: what runs have taught of the chip, by type of the products.
     """
 
     chip: Chip
     torus: tuple[int, ...]
     num_slices: int = 1
+    factors: Mapping[str, Factors] = field(default_factory=dict)
 
     @property
     def num_devices(self) -> int:
         """Of all slices."""
         return math.prod(self.torus) * self.num_slices
+
+    def step_time(self, config: Config, sizes: Mapping[str, int]) -> StepTime:
+        """Predicts a step: by the formulas, and by what runs have taught. Args as predict_step_time's."""
+        time = predict_step_time(config, sizes, self.chip, self.torus)
+        taught = self.factors.get(config.model.dtype)
+        return time if taught is None else taught.applied(time, config, sizes, self.chip)
 
     def fits(self, memory: Memory) -> bool:
         """Whether a device has room for it."""
@@ -86,7 +95,7 @@ class Plan:
     @functools.cached_property
     def time(self) -> StepTime:
         """Of a step."""
-        return predict_step_time(self.config, self.sizes, self.place.chip, self.place.torus)
+        return self.place.step_time(self.config, self.sizes)
 
     @property
     def rank(self) -> float:

@@ -26,6 +26,7 @@ class Row:
         step_s: seconds of a step, at best and at worst (ranges.step_range).
         low: figures of the whole run (money.totals) at best.
         high: the same at worst.
+        num_runs: that the formulas were fitted to.
     """
 
     machine: str
@@ -36,11 +37,14 @@ class Row:
     step_s: tuple[float, float]
     low: Mapping[str, float | None]
     high: Mapping[str, float | None]
+    num_runs: int = 0
 
     @property
     def basis(self) -> str:
         """What the row rests on."""
-        return "formulas" if self.compiled is None or self.compiled.figures is None else "compiler"
+        if self.compiled is not None and self.compiled.figures is not None:
+            return "compiler"
+        return f"formulas, {self.num_runs} run{'s' * (self.num_runs > 1)}" if self.num_runs else "formulas"
 
     @property
     def peak_bytes(self) -> float:
@@ -61,13 +65,7 @@ class Row:
             "peak_bytes": self.peak_bytes,
             "memory_bytes": memory.parts(),
             "step_time_s": {"low": self.step_s[0], "high": self.step_s[1]},
-            "step_parts_s": {
-                "products": time.products,
-                "attention": time.attention,
-                "memory": time.memory,
-                "bubble": time.bubble,
-                **{f"wires over {axis}": seconds for axis, seconds in time.wires.items()},
-            },
+            "step_parts_s": time.parts(),
             "networks_known": time.known,
             "unknown_network_bytes": time.unknown_bytes,
             "compile_s": None if self.compiled is None else self.compiled.seconds,

@@ -1,11 +1,13 @@
 """Machines to plan for: what the catalogs know of them, by the names that users give them."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from maxlm import hardware
 from maxlm.config_file import ConfigError
 from maxlm.machines import Machine, machine
+from maxlm.plan.factors import Factors
 from maxlm.plan.search import Place
 
 TOPOLOGIES = {"TPU v4": "v4", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
@@ -68,3 +70,8 @@ def target(name: str) -> Target:
     shape, each = tuple(map(int, (found.shape or "").split("x"))), found.tpu.devices
     torus = (*shape, each) if each > 1 else shape
     return Target(found, Place(chip.part(1 / each), torus, count))
+
+
+def taught(where: Target, known: Mapping[str, Mapping[str, Factors]]) -> Target:
+    """The machine, with what runs have taught of its chips. Args: known: of factors.read."""
+    return replace(where, place=replace(where.place, factors=known.get(where.place.chip.name, {})))
