@@ -125,6 +125,12 @@ def test_quant_loss(tmp_path):
         assert curve.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_plan_accuracy_on_a_cpu():
+    result = figures("tools/plan_accuracy.py", "--cpu", "fsdp", "tensor", "data", "deep", "--steps", "6")
+    assert result["factors"]["num_runs"] == 3 and list(result["predicted_over_measured"]) == ["deep"]
+    assert 0 < result["predicted_over_measured"]["deep"] < 10
+
+
 def test_chaos():
     """Five kills, five cycles over meshes, twenty pairs of meshes."""
     command = ("tools/chaos.py", "--short", "kills", "meshes", "soak")

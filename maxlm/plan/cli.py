@@ -142,7 +142,7 @@ def _bought(runs: list[str], budget_usd: float | None, config: Any, row: Any) ->
 
 
 def _asked(args: argparse.Namespace, dtype: str) -> tuple[list[Any], list[str]]:
-    """Each machine with what it costs (Target, Terms), and what is to be said of its price and of runs that taught it."""
+    """Each machine with what it costs (Target, Terms), and what is to be said of its price and its calibration."""
     from maxlm.plan import factors, prices
     from maxlm.plan.money import Terms
     from maxlm.plan.targets import target, taught
