@@ -9,10 +9,9 @@ result = maxlm.train(config)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from maxlm.config import Config
-from maxlm.config_file import ConfigError, load_config, parse_config
-
 if TYPE_CHECKING:
+    from maxlm.config import Config
+    from maxlm.config_file import ConfigError, load_config, parse_config
     from maxlm.loss import cross_entropy
     from maxlm.trainer import Result, train
 
@@ -20,9 +19,17 @@ __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "Result", "cross_entropy", "load_config", "parse_config", "train"]
 
 
+_HOMES = {
+    "maxlm.config": ("Config",),
+    "maxlm.config_file": ("ConfigError", "load_config", "parse_config"),
+    "maxlm.loss": ("cross_entropy",),
+    "maxlm.trainer": ("Result", "train"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Loads what needs JAX on first use, so that `maxlm config` and workers of a data build start at once."""
-    home = {"train": "maxlm.trainer", "Result": "maxlm.trainer", "cross_entropy": "maxlm.loss"}.get(name)
-    if home:
-        return getattr(importlib.import_module(home), name)
+    """Loads things on first use, so that commands and workers of a data build start at once."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module 'maxlm' has no attribute '{name}'")

@@ -27,17 +27,16 @@ from maxlm.fingerprint import fingerprints
 from maxlm.leaves import difference, map_paths, named_leaves, shapes_of
 from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 from maxlm.restack import Stack
+from maxlm.steps import DAMAGED, Steps
 from maxlm.storage import StorageError
 
-DAMAGED = "DAMAGED.json"
-"""In the folder of a step that is put aside: why, and when."""
 WRITERS = ("maxlm", "jax", "orbax-checkpoint", "tensorstore")
 _COUNT = itertools.count()  # of saves in this process
 HOSTS_S = 1200.0
 """Hosts wait so long for each other's part of a save, in seconds."""
 
 
-class Checkpoints:
+class Checkpoints(Steps):
     """The checkpoints of one run, in RUN/checkpoints/STEP.
 
     The newest `keep_last` are kept, and every step that is a multiple of `keep_every`; a temporary one until the next
@@ -65,12 +64,11 @@ class Checkpoints:
         Raises:
             StorageError: the folder cannot be used.
         """
-        self.path = storage.join(run_dir, "checkpoints")
+        super().__init__(run_dir)
         self._config, self._run, self._read_only = config, dict(run or {}), read_only
         self._tell = tell or partial(print, file=sys.stderr, flush=True)
         self._pending: tuple[int, Future[None]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="maxlm-save")
-        self._aside = set[int]()
         self._newest: int | None = None  # that is complete, as far as this process knows
         self._kinds: dict[int, bool] = {}  # whether a step is temporary, as far as its manifest has been read
         # folders that cannot be made are heard of at once
@@ -78,38 +76,6 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
         if not read_only:
             self._open()
-
-    # ---- what there is
-
-    def steps(self) -> list[int]:
-        """Complete steps that are not put aside, oldest first."""
-        return [step for step in self.folders() if step not in self._aside and self._complete(step)]
-
-    def latest(self) -> int | None:
-        """The newest of steps(), or None."""
-        return max(self.steps(), default=None)
-
-    def folders(self) -> list[int]:
-        """Steps of all there is, usable or not, oldest first."""
-        return sorted(int(name) for name in storage.list_dir(self.path) if re.fullmatch(r"0|[1-9][0-9]*", name))
-
-    def manifest(self, step: int) -> Manifest | None:
-        """That of a step; None of steps from before there were manifests.
-
-        Raises:
-            DamagedError: it is missing or damaged.
-        """
-        names = storage.list_dir(self.step_path(step))
-        return None if _old(self.path, names) else Manifest.read(self.step_path(step))
-
-    def step_path(self, step: int) -> str:
-        """Folder of a step."""
-        return storage.join(self.path, str(step))
-
-    def latest_path(self) -> str | None:
-        """Folder of the newest step; None of none."""
-        step = self.latest()
-        return None if step is None else self.step_path(step)
 
     # ---- saves
 
@@ -374,10 +340,6 @@ class Checkpoints:
             self._kinds[step] = known is not None and known.temporary
         return self._kinds[step]
 
-    def _complete(self, step: int) -> bool:
-        names = storage.list_dir(self.step_path(step))
-        return DAMAGED not in names and (manifest.NAME in names or _old(self.path, names))
-
     def _tell_of_unfinished(self) -> None:
         for step in self.folders():
             names = storage.list_dir(self.step_path(step))
@@ -399,11 +361,6 @@ class Checkpoints:
         except OSError as other:
             kept = str(other)
         return CheckpointError(f"saving step {step} in {self.path} failed: {_brief(error)}; {kept}")
-
-
-def _old(path: str, names: list[str]) -> bool:
-    """Whether these are the files of a complete checkpoint of format 0."""
-    return "default" in names and (not storage.is_bucket(path) or "commit_success.txt" in names)
 
 
 def _place(path: str) -> str:

@@ -1,6 +1,7 @@
 """The command line: thin, one function per command. Errors a user can mend end in one sentence and exit code 2."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -14,8 +15,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from maxlm import heartbeat, places
-from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
 
+PARTS = {
+    "data": "data.cli",
+    "checkpoint": "checkpoint_cli",
+    "convert": "convert.cli",
+    "generate": "infer.cli",
+    "eval": "evaluate.cli",
+    "supervise": "supervise",
+    "plan": "plan.cli",
+    "scaling": "plan.scaling_cli",
+    "goodput": "plan.failures_cli",
+    "launch": "launch.cli",
+}
+"""Commands that other files add, and where those are."""
 EPILOG = """examples:
   maxlm train configs/quickstart.yaml                     train, or continue where it stopped
   maxlm train configs/quickstart.yaml train.steps=400     the same run, longer
@@ -36,7 +49,8 @@ EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 failed on the way, 2 asked for wrongly, 130 interrupted."""
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(argv[0] if argv else "")
     args, others = parser.parse_known_args(argv)
     if hasattr(args, "prompts"):  # texts that stand behind an option
         args.prompts += [other for other in others if not other.startswith("-")]
@@ -66,7 +80,8 @@ def _is_ours(error: Exception) -> bool:
     return os.path.dirname(os.path.abspath(__file__)) in os.path.abspath(last.filename)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """Of all commands, or of less, as long as it is enough for `command`: others take long to import."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="maxlm", description="Trains large language models in JAX.", epilog=EPILOG, formatter_class=raw
@@ -115,18 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_bench(commands)
-    from maxlm import checkpoint_cli, supervise
-    from maxlm.convert import cli as convert_cli
-    from maxlm.data import cli as data_cli
-    from maxlm.evaluate import cli as evaluate_cli
-    from maxlm.infer import cli as infer_cli
-    from maxlm.launch import cli as launch_cli
-    from maxlm.plan import cli as plan_cli
-    from maxlm.plan import failures_cli, scaling_cli
-
-    parts = (data_cli, checkpoint_cli, convert_cli, infer_cli, evaluate_cli, supervise)
-    for part in (*parts, plan_cli, scaling_cli, failures_cli, launch_cli):
-        part.add_parser(commands)
+    for part in [command] if command in PARTS else PARTS:
+        importlib.import_module(f"maxlm.{PARTS[part]}").add_parser(commands)
     return parser
 
 
@@ -159,6 +164,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     heartbeat.dump_on_request()
+    from maxlm.config_file import load_config
+
     config = load_config(args.config, args.overrides)
     from maxlm.data.loader import READER
     from maxlm.trainer import train  # JAX starts here, after the config is known to be right
@@ -202,6 +209,8 @@ def _me() -> str:
 
 
 def _config(args: argparse.Namespace) -> int:
+    from maxlm.config_file import ConfigError, describe_fields, load_config, to_yaml
+
     if args.fields:
         rows = [dict(zip(("field", "type", "default", "meaning"), row, strict=True)) for row in describe_fields()]
         if args.json:
@@ -231,6 +240,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from maxlm.config_file import ConfigError, load_config
+
     if args.steps < 1 or args.warmup < 1 or args.top < 1:
         raise ConfigError("--steps, --warmup and --top are counts from 1")
     if args.quant and (args.profile or args.trace):
@@ -256,6 +267,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from maxlm.config_file import load_config
+
     config = load_config(args.config, args.overrides) if args.config else None
     from maxlm.doctor import doctor
 

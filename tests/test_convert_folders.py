@@ -33,6 +33,7 @@ from maxlm.data.tokenizer import train_bpe
 from maxlm.init_from import read_parameters
 from maxlm.leaves import named_leaves
 from maxlm.manifest import CheckpointError, DamagedError
+from maxlm.steps import StepError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHARED = {"max_position_embeddings": 64, "torch_dtype": "bfloat16", "eos_token_id": 7, "pad_token_id": None}
@@ -118,8 +119,12 @@ def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path):
     assert json.loads((tmp_path / "liked" / "config.json").read_text())["max_position_embeddings"] == 64
     with pytest.raises(ConvertError, match="nowhere, .* is not a folder"):
         to_hf(str(tmp_path / "run"), str(tmp_path / "x"), like="nowhere")
-    with pytest.raises(ConvertError, match=r"no checkpoint of step 4; it has \[3\]"):
-        to_hf(str(tmp_path / "run"), str(tmp_path / "x"), step=4)
+    assert to_hf(str(tmp_path / "run@3"), str(tmp_path / "same")).num_tensors == done.num_tensors
+    for place, step in (("run", 4), ("run@4", None)):
+        with pytest.raises(StepError, match=r"no checkpoint of step 4; it has \[3\]"):
+            to_hf(str(tmp_path / place), str(tmp_path / "x"), step=step)
+    with pytest.raises(StepError, match="names another checkpoint than step=4"):
+        to_hf(str(tmp_path / "run@3"), str(tmp_path / "x"), step=4)
 
 
 def test_types_on_request(tmp_path):
@@ -198,7 +203,7 @@ def test_buckets_are_refused(tmp_path):
     write_model(tmp_path / "hf")
     with pytest.raises(ConvertError, match="gs://b/m is in a bucket"):
         from_hf(str(tmp_path / "hf"), "gs://b/m")
-    with pytest.raises(ConvertError, match="gs://b/m is in a bucket"):
+    with pytest.raises(StepError, match="gs://b/m is in a bucket"):
         to_hf("gs://b/m", str(tmp_path / "out"))
 
 

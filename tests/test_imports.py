@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from maxlm import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "maxlm"
 
@@ -31,7 +33,6 @@ MAY_IMPORT = {
     "machines": {"config_file"},
     "convert": {
         *(
-            "checkpoint",
             "commands",
             "config",
             "config_lora",
@@ -42,7 +43,7 @@ MAY_IMPORT = {
             "parameters",
             "progress",
         ),
-        *("storage", "units"),
+        *("steps", "storage", "units"),
     },
 }
 # Parts that only these may import.
@@ -148,4 +149,11 @@ def third_party(names: set[str]) -> set[str]:
 
 def test_the_command_line_is_parsed_without_jax():
     code = "import sys; from maxlm import cli; cli._parser(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_command_is_parsed_without_the_others():
+    for name in cli.PARTS:
+        assert f" {name} " in cli._parser(name).format_help(), name
+    code = "import sys; from maxlm import cli; cli._parser('convert'); sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -17,7 +17,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import tensorstore as ts
 from blake3 import blake3
 
 from maxlm import manifest
@@ -145,8 +144,7 @@ class ArrayReader:
         self._prints = {path: Running() for path in records}
         self._seen = {path: set[Shape]() for path in records}
         self._stores, self._lock = dict[str, Any](), threading.Lock()
-        pool = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}  # layers of one chunk are asked for one by one
-        self._context = ts.Context(pool)
+        self._context: Any = None
 
     def read(self, path: str, slot: Shape) -> np.ndarray:
         """A parameter, or the share of the layer at `slot` of its leading dims.
@@ -201,6 +199,11 @@ class ArrayReader:
         return np.memmap(os.path.join(self._folder, name), dtype, "r", shape=own)
 
     def _opened(self, path: str) -> Any:
+        import tensorstore as ts  # takes a while, and what maxlm wrote itself is read without it
+
+        if self._context is None:
+            pool = {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}  # layers of one chunk are asked for one by one
+            self._context = ts.Context(pool)
         name, folder = f"{self._prefix}{path}".replace("/", "."), os.path.abspath(self._folder)
         if os.path.exists(os.path.join(folder, "manifest.ocdbt")):
             place: dict[str, Any] = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}

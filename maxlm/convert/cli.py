@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import json
 import shlex
 from typing import Any
@@ -31,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     from_hf.add_argument("folder", metavar="FOLDER", help="with config.json and model.safetensors, or an index")
     text = "make a folder that transformers loads of a run's checkpoint"
     to_hf = add_command(commands, "to-hf", _to_hf, text, EXAMPLES["to-hf"])
-    to_hf.add_argument("folder", metavar="RUN", help="folder of a run, or one that from-hf made")
+    to_hf.add_argument("folder", metavar="RUN", help="folder of a run, or one that from-hf made; RUN@STEP")
     to_hf.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (the newest)")
     to_hf.add_argument("--like", metavar="FOLDER", help="take the tokenizer and further settings from here (RUN/hf)")
     to_hf.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="files of at most so many GB (5)")
@@ -43,9 +44,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    _on_cpu()
-    from maxlm.convert.from_hf import from_hf
-
+    from_hf = _loaded("from_hf").from_hf
     done = from_hf(args.folder, args.out, dtype=args.dtype, verify=args.verify, console=_console())
     then = f"put model.yaml's section into a config, and set train.init_from={shlex.quote(args.out)}"
     if not done.model.causal:
@@ -55,9 +54,8 @@ def _from_hf(args: argparse.Namespace) -> int:
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    _on_cpu()
+    to_hf = _loaded("to_hf").to_hf
     from maxlm.convert.folders import ConvertError
-    from maxlm.convert.to_hf import to_hf
 
     if not 0 < args.shard_gb < 1e6:
         raise ConvertError(f"--shard-gb={args.shard_gb} is to be a size in GB, above 0")
@@ -90,11 +88,16 @@ def _show(args: argparse.Namespace, done: Any, then: str) -> None:
     print(f"  came along: {', '.join(done.companions) or 'nothing'}\n  next: {then}")
 
 
-def _on_cpu() -> None:
-    gc.set_threshold(100_000)  # imports make objects that stay, and the collector visits them often
+def _loaded(name: str) -> Any:
+    """A module of maxlm.convert, with JAX on the CPU: accelerators may be busy training."""
+    gc.disable()  # imports make objects that stay, and the collector visits them often, and once more at the end
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # accelerators may be busy training
+    jax.config.update("jax_platforms", "cpu")
+    module = importlib.import_module(f"maxlm.convert.{name}")
+    gc.freeze()
+    gc.enable()
+    return module
 
 
 def _console() -> Any:

@@ -12,9 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from maxlm import storage
-from maxlm.checkpoint import Checkpoints
-from maxlm.config import CheckpointConfig, ModelConfig
+from maxlm.config import ModelConfig
 from maxlm.convert import folders
 from maxlm.convert.arrays import DTYPES, ArrayReader, dtype_of
 from maxlm.convert.both import Converted, dims_of_slots, parts_read, verify_all
@@ -28,6 +26,7 @@ from maxlm.convert.safetensors_writer import SHARD_BYTES, Writer
 from maxlm.manifest import CheckpointError
 from maxlm.parameters import parameters
 from maxlm.progress import track
+from maxlm.steps import chosen
 
 EMBEDDINGS = ("embed", "positions", "token_types", "embed_norm/weight", "embed_norm/bias")
 
@@ -48,7 +47,7 @@ def to_hf(
     Of a run with lora, what the adapters add is in the weights: the sums are float32, before the cast to dtype.
 
     Args:
-        run: folder of a run, or of what from_hf wrote.
+        run: folder of a run, or of what from_hf wrote; or RUN@STEP.
         out: the new folder.
         step: of the checkpoint; default: the newest.
         like: folder whose tokenizer, templates and further settings go along; default: RUN/hf, where there is one.
@@ -61,11 +60,14 @@ def to_hf(
         What was converted.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read; DamagedError: it is not what was saved.
+        StepError: there is no such checkpoint.
+        CheckpointError: it cannot be read; DamagedError: it is not what was saved.
         FamilyError, ConvertError: no family has such a model; out is there already.
         OSError: something cannot be read or written.
     """
-    reader = open_arrays(_step_folder(run, step))
+    there, steps = chosen(run, step)
+    run = there.run_dir
+    reader = open_arrays(there.known_path(steps[0]))
     model = saved_model(reader, run)
     beside = _beside(run, like)
     family, tree = _their_config(model, beside)
@@ -116,23 +118,6 @@ def _context(reader: ArrayReader, model: ModelConfig) -> dict[str, Any]:
         return {}
     train = reader.manifest.run.get("train")
     return {"max_position_embeddings": train["seq_len"]} if isinstance(train, dict) and "seq_len" in train else {}
-
-
-def _step_folder(run: str, step: int | None) -> str:
-    if storage.is_bucket(run):
-        raise ConvertError(f"{run} is in a bucket; copy the run to a local folder and convert it there")
-    if not os.path.isdir(os.path.join(run, "checkpoints")):
-        raise ConvertError(f"{run} is not a run folder with checkpoints")
-    with contextlib.closing(Checkpoints(run, CheckpointConfig(), read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
-            raise ConvertError(f"{run} has no checkpoint" + (f" of step {step}; it has {steps}" if steps else ""))
-        chosen = steps[-1] if step is None else step
-        if checkpoints.manifest(chosen) is None:
-            raise CheckpointError(
-                f"{checkpoints.step_path(chosen)} is of an older maxlm: continue the run to save anew"
-            )
-        return checkpoints.step_path(chosen)
 
 
 def saved_model(reader: ArrayReader, run: str) -> ModelConfig:

@@ -19,8 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm import storage
-from maxlm.checkpoint import Checkpoints
-from maxlm.config import CheckpointConfig, MeshConfig, ModelConfig
+from maxlm.config import MeshConfig, ModelConfig
 from maxlm.config_file import load_config
 from maxlm.convert import folders
 from maxlm.convert.from_hf import accounted
@@ -31,11 +30,12 @@ from maxlm.convert.to_hf import check_arrays, saved_model
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer, tokenizer_from_bytes
 from maxlm.leaves import map_paths, named_leaves
-from maxlm.manifest import CheckpointError, DamagedError
+from maxlm.manifest import DamagedError
 from maxlm.mesh import axis_sizes, check_model, make_mesh, start_devices
 from maxlm.model.param import dims_of
 from maxlm.model.transformer import Transformer
 from maxlm.sharding import param_spec, put_layer, weight_dtype
+from maxlm.steps import StepError, Steps, chosen
 
 Dtype = Literal["float32", "bfloat16"]
 Piece = tuple[str, tuple[int, ...], np.ndarray]
@@ -112,15 +112,11 @@ def open_model(place: str, mesh: MeshConfig | None = None, dtype: Dtype = "bfloa
         raise ModelError(f"{place} is in a bucket; copy the model to a local folder and open it there")
     if os.path.isfile(os.path.join(place, folders.CONFIG)):
         return _open_hf(place, config, dtype)
-    folder, at, step = place.rpartition("@")
-    if not at or not step.isdecimal() or len(step) > 18:
-        folder, step = place, ""
-    if not os.path.isdir(os.path.join(folder, "checkpoints")):
-        raise ModelError(
-            f"{folder} is no model: it has neither checkpoints/ (a run, or what maxlm convert from-hf wrote) nor "
-            f"{folders.CONFIG} (a Hugging Face folder)"
-        )
-    return _open_run(folder, int(step) if step else None, config, dtype)
+    try:
+        there, steps = chosen(place)
+    except StepError as error:
+        raise ModelError(f"{place} is no model: {error}, and {folders.CONFIG} of Hugging Face is not there") from None
+    return _open_run(there, steps, config, dtype)
 
 
 # ---- sources
@@ -166,22 +162,18 @@ def _opened_hf(
     return OpenModel(place, model, params, mesh, context, eos_ids, folder, tokenizer)
 
 
-def _open_run(folder: str, wanted: int | None, config: MeshConfig, dtype: Dtype) -> OpenModel:
-    with contextlib.closing(Checkpoints(folder, CheckpointConfig(), read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps or (wanted is not None and wanted not in steps):
-            known = f" of step {wanted}; it has {steps}" if steps else ""
-            raise ModelError(f"{folder} has no checkpoint{known}")
-        for step in [wanted] if wanted is not None else reversed(steps):
-            try:
-                model, params, mesh, run = _read_checkpoint(checkpoints, step, folder, config, dtype)
-                break
-            except DamagedError as error:
-                if step in (wanted, steps[0]):
-                    raise
-                print(f"checkpoint {step} of {folder} is left out: {error}", file=sys.stderr)
-        else:
-            raise AssertionError
+def _open_run(there: Steps, steps: list[int], config: MeshConfig, dtype: Dtype) -> OpenModel:
+    folder = there.run_dir
+    for step in steps:
+        try:
+            model, params, mesh, run = _read_checkpoint(there, step, config, dtype)
+            break
+        except DamagedError as error:
+            if step == steps[-1]:
+                raise
+            print(f"checkpoint {step} of {folder} is left out: {error}", file=sys.stderr)
+    else:
+        raise AssertionError
     place = f"{folder}@{step}"
     beside = os.path.join(folder, folders.HF)
     if os.path.isdir(beside):
@@ -192,13 +184,11 @@ def _open_run(folder: str, wanted: int | None, config: MeshConfig, dtype: Dtype)
 
 
 def _read_checkpoint(
-    checkpoints: Checkpoints, step: int, folder: str, config: MeshConfig, dtype: Dtype
+    there: Steps, step: int, config: MeshConfig, dtype: Dtype
 ) -> tuple[ModelConfig, dict[str, Any], Mesh, Mapping[str, Any]]:
-    if checkpoints.manifest(step) is None:
-        raise CheckpointError(f"{checkpoints.step_path(step)} is of an older maxlm: continue the run to save anew")
-    reader = open_arrays(checkpoints.step_path(step))
-    model = saved_model(reader, folder)
-    check_arrays(reader, model, folder)
+    reader = open_arrays(there.known_path(step))
+    model = saved_model(reader, there.run_dir)
+    check_arrays(reader, model, there.run_dir)
     leading = dict[str, int]()
 
     def pieces(own: Mapping[str, int]) -> Iterator[Piece]:
