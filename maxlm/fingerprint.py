@@ -5,7 +5,7 @@ Not cryptographic: against accidents on the way from device memory to a disk and
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,21 +62,36 @@ class Running:
     def __init__(self) -> None:
         self._words = np.zeros(2, np.uint32)
 
-    def add(self, part: np.ndarray, start: int) -> None:
-        """Adds consecutive elements.
+    def add(self, part: np.ndarray, start: int, strides: Sequence[int] | None = None) -> None:
+        """Adds elements.
 
         Args:
-            part: of a type of 8 to 32 bits.
-            start: elements of the array that stand before it.
+            part: [...] of a type of 8 to 32 bits.
+            start: place of its first element in the array.
+            strides: how far apart neighbours along each of its dims are in the array; default: it is consecutive
+                elements. Both in elements.
         """
-        words = np.ascontiguousarray(part).reshape(-1).view(f"u{part.dtype.itemsize}")
-        for at in range(0, words.size, PART):
-            piece, first = words[at : at + PART], np.uint32((start + at) * GOLDEN % 2**32)
-            count = np.uint32(piece.size)
-            if piece.size < PART:  # one program for all sizes
-                piece = np.empty(PART, words.dtype)
-                piece[:count] = words[at:]
-            self._words += np.asarray(_part(piece, first, count))
+        if strides is None:
+            part, strides = part.reshape(-1), [1]
+        words, dims = np.ascontiguousarray(part).reshape(-1).view(f"u{part.dtype.itemsize}"), [(1, 0)]
+        for size, stride in zip(part.shape, strides, strict=True):
+            if dims[-1][0] == 1 or dims[-1][1] == size * stride:
+                dims[-1] = dims[-1][0] * size, stride
+            else:
+                dims.append((size, stride))
+        *outer, (size, stride) = dims
+        width = math.gcd(size, ROW) if outer else ROW
+        first = np.full(1, start * GOLDEN % 2**32, np.uint32)  # of each row
+        for count, step in (*outer, (-(-size // width), width * stride)):
+            first = np.add.outer(first, np.arange(count, dtype=np.uint32) * np.uint32(step * GOLDEN % 2**32)).ravel()
+        rows = max(1, PART // width)
+        for i in range(0, len(first), rows):
+            piece, places = words[i * width : (i + rows) * width], first[i : i + rows]
+            count = piece.size
+            if count < rows * width:  # one program for all sizes
+                piece, places = (np.resize(x, n) for x, n in ((piece, rows * width), (places, rows)))
+            step = np.uint32(stride * GOLDEN % 2**32)
+            self._words += np.asarray(_part(piece.reshape(rows, width), places, step, np.uint32(count)))
 
     def join(self, other: "Running") -> None:
         """Adds what another has seen of the same array."""
@@ -87,16 +102,24 @@ class Running:
         return "{:08x}{:08x}".format(*map(int, self._words))
 
 
-PART = 1 << 20
-"""Elements that Running looks at together."""
+PART, ROW = 1 << 20, 256
+"""Elements that Running looks at together, and of those that have one stride, where that can be."""
 
 
 @jax.jit
-def _part(words: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    """uint32 [2] of the first `count` of consecutive elements [PART]; first: the multiple of GOLDEN of their place."""
-    number = jax.lax.iota(jnp.uint32, len(words))
-    mixed = mix_bits(words.astype(jnp.uint32) ^ mix_bits(jnp.uint32(1) + first + number * np.uint32(GOLDEN)))
+def _part(words: jax.Array, first: jax.Array, step: jax.Array, count: jax.Array) -> jax.Array:
+    """uint32 [2] of the first `count` elements.
+
+    Args:
+        words: [rows, columns].
+        first: of each row, the multiple of GOLDEN of the place of its first element.
+        step: the same of the distance between columns.
+        count: of elements.
+    """
+    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim) for dim in (0, 1))
+    counted = rows * np.uint32(words.shape[1]) + columns < count
+    mixed = mix_bits(words.astype(jnp.uint32) ^ mix_bits(jnp.uint32(1) + first[:, None] + columns * step))
     both = (mixed, mix_bits(mixed + np.uint32(GOLDEN)))
     zero, add = np.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
     # both sums in one pass: two would each compute what they add, and take three times as long on a CPU
-    return jnp.stack(jax.lax.reduce(tuple(jnp.where(number < count, x, zero) for x in both), (zero, zero), add, (0,)))
+    return jnp.stack(jax.lax.reduce(tuple(jnp.where(counted, x, zero) for x in both), (zero, zero), add, (0, 1)))

@@ -20,6 +20,7 @@ from maxlm import fingerprint
 from maxlm.checkpoint import Checkpoints
 from maxlm.cli import main
 from maxlm.config import CheckpointConfig
+from maxlm.convert import zarr
 from maxlm.convert.arrays import ArrayWriter
 from maxlm.convert.families import FAMILIES, FamilyError
 from maxlm.convert.folders import ConvertError
@@ -86,6 +87,19 @@ def test_checkpoints_are_whole_to_those_who_read_them(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+def test_the_bytes_stay_as_they_are_and_others_may_have_written_them(tmp_path):
+    tensors = write_model(tmp_path / "hf")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    step = tmp_path / "m" / "checkpoints" / "0"
+    for ours, theirs in [("attention.q/2.0.0.0", "self_attn.q_proj"), ("mlp.down/2.0.0", "mlp.down_proj")]:
+        data = (step / f"params.layers.0.{ours}").read_bytes()
+        assert data == tensors[f"model.layers.2.{theirs}.weight"].tobytes()
+    for about in step.rglob(zarr.FILE):
+        about.write_text(json.dumps({**json.loads(about.read_text()), "attributes": {}}))
+    to_hf(str(tmp_path / "m"), str(tmp_path / "back"), verify=True)
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")
+
+
 def init_program(folder, more, train, **mesh):
     model = yaml.safe_load((folder / "model.yaml").read_text())["model"]
     unset = {"num_kv_heads": None, "head_dim": None, "vocab_multiple": 128}
@@ -94,9 +108,11 @@ def init_program(folder, more, train, **mesh):
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}, {"stage": 3}], ids=str)
-def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path):
+def test_a_run_begins_with_them_and_a_trained_one_goes_back(mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(zarr, "CHUNK_BYTES", 2_000)  # of a real one 64 MiB: some parameters are several files
     tensors = write_model(tmp_path / "hf")
     from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    assert len(list((tmp_path / "m" / "checkpoints" / "0" / "params.embed").iterdir())) > 3
     program = init_program(tmp_path / "m", {}, {}, **mesh)
     with contextlib.closing(Checkpoints(str(tmp_path / "m"), CheckpointConfig(), read_only=True)) as other:
         params = read_parameters(other, 0, program)
@@ -312,11 +328,18 @@ def test_an_array_of_any_strides_is_made_contiguous(shape, dtype):
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32), np.dtype(np.int8)], ids=str)
 def test_a_fingerprint_taken_in_parts_is_that_of_the_whole(dtype, monkeypatch):
     monkeypatch.setattr(fingerprint, "PART", 7)
+    monkeypatch.setattr(fingerprint, "ROW", 2)
     x, running = np.random.default_rng(0).integers(0, 99, (5, 3, 4)).astype(dtype), fingerprint.Running()
     for i in (3, 0, 4, 2, 1):
         running.add(x[i], i * 12)
     with jax.set_mesh(jax.make_mesh((1,), ("a",), (jax.sharding.AxisType.Explicit,))):
         assert fingerprint.fingerprints({"x": jax.numpy.asarray(x)})() == {"x": running.text()}
+    for order in itertools.permutations(range(3)):
+        other, stored = fingerprint.Running(), x.transpose(order)
+        for i in range(len(stored)):
+            strides = [(12, 4, 1)[dim] for dim in order]
+            other.add(stored[i : i + 1], i * strides[0], strides)
+        assert other.text() == running.text(), order
 
 
 def test_a_job_that_fails_ends_those_that_have_not_begun():

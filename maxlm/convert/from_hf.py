@@ -17,7 +17,7 @@ from rich.console import Console
 
 from maxlm.config import ModelConfig
 from maxlm.convert import folders
-from maxlm.convert.arrays import DTYPES, ArrayReader, ArrayWriter, dtype_of
+from maxlm.convert.arrays import DTYPES, ArrayReader, ArrayWriter, Spec, dtype_of
 from maxlm.convert.both import Converted, dims_of_slots, parts_read, verify_all
 from maxlm.convert.families import Family, FamilyError, family_of
 from maxlm.convert.folders import ConvertError
@@ -56,7 +56,9 @@ def from_hf(
         step = os.path.join(temporary, "checkpoints", "0")
         ours = parameters(model)
         shares = dims_of_slots(wanted, lambda path: len(ours[path].shape) - len(ours[path].own))
-        writer = ArrayWriter(step, {path: (dtypes[path], ours[path].shape, n) for path, n in shares.items()})
+        orders = {part.path: part.stored for entry in wanted for part in entry.parts}
+        specs = {path: Spec(dtypes[path], ours[path].shape, n, orders[path]) for path, n in shares.items()}
+        writer = ArrayWriter(step, specs)
         total = _write_ours(writer, wanted, theirs, dtypes, console)
         companions = _write_beside(temporary, folder, tree, model)
         writer.finish({"model": model.model_dump(mode="json")})

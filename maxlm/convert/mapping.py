@@ -33,19 +33,24 @@ class Part:
     joined: Shape
     order: tuple[int, ...]
 
+    @property
+    def stored(self) -> Shape:
+        """Our dimensions as they follow one another in their memory."""
+        return tuple(int(dim) for dim in np.argsort(self.order))
+
     def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """Their tensor in our order, in place where nothing is padded; padding is zeros."""
+        """Their tensor in our order, in place where nothing is padded; padding is zeros. Memory keeps their order."""
         x = theirs.reshape(self.apart).transpose(self.order)
         if x.shape == self.shape:
             return x
-        padded = np.zeros(self.shape, x.dtype)
+        padded = np.zeros([self.shape[dim] for dim in self.stored], x.dtype).transpose(self.order)
         padded[tuple(slice(size) for size in x.shape)] = x
         return padded
 
     def to_theirs(self, ours: np.ndarray) -> Iterator[np.ndarray]:
         """Our parameter in their order, padding cut off, in pieces along dimension 0."""
         real = [self.apart[i] for i in self.order]
-        for band in bands(ours[tuple(map(slice, real))].transpose(np.argsort(self.order))):
+        for band in bands(ours[tuple(map(slice, real))].transpose(self.stored)):
             yield band.reshape(-1, *self.joined[1:])
 
 

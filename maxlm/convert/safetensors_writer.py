@@ -15,6 +15,10 @@ from maxlm.convert.safetensors import INDEX, NAMES, SINGLE, SafetensorsError, Te
 SHARD_BYTES = 5_000_000_000
 """Of one file, at most, unless a tensor is larger."""
 
+WRITE = 128 << 10
+"""Bytes that are written at a time. Of more Linux makes pages of up to 2 MiB, which a virtual machine may not have yet:
+the first use of 2 GB of them takes up to 4 s, of smaller ones 1 s."""
+
 
 class Writer:
     """Writes a model's tensors into a folder, in any order. Use as a context manager.
@@ -110,7 +114,7 @@ class Writer:
         try:
             with self._lock:  # which the file system has for each file too, and threads spin on
                 while done < len(view):
-                    done += os.pwrite(descriptor, view[done:], start + done)
+                    done += os.pwrite(descriptor, view[done : done + WRITE], start + done)
         except OSError as error:
             raise OSError(f"cannot write to {self._folder}: {error.strerror}") from None
 
