@@ -14,6 +14,8 @@ IN_FLIGHT = 128 << 20
 """Bytes of tensors that are worked on at a time, unless one is larger: that one is worked on alone."""
 SCRATCH = 32 << 20
 """Bytes of a tensor, at most, that is read into memory which its thread uses again and again."""
+ALIGNED = 64
+"""Bytes of whose multiples memory has to begin for XLA to take it without a copy."""
 BAND = 2 << 20
 """Bytes of an array that are made and used at a time."""
 
@@ -59,7 +61,8 @@ def scratch(num_bytes: int) -> np.ndarray | None:
     if num_bytes > SCRATCH:
         return None
     if not hasattr(_of_thread, "memory"):
-        _of_thread.memory = np.empty(SCRATCH, np.uint8)
+        memory = np.empty(SCRATCH + ALIGNED, np.uint8)
+        _of_thread.memory = memory[-memory.ctypes.data % ALIGNED :]
     return _of_thread.memory
 
 
