@@ -19,6 +19,8 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from maxlm.json_object import parse_object
+
 Message = Mapping[str, Any]
 MAX_FILE = 1 << 24
 """Bytes of a file that holds a template; tokenizer_config.json lists added tokens, too."""
@@ -307,8 +309,8 @@ def _special_tokens(entries: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _read_text(path: str) -> str | None:
-    """A file's text, or None if there is no such file."""
+def _read(path: str) -> bytes | None:
+    """What is in a file, or None if there is no such file."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE + 1)
@@ -318,20 +320,17 @@ def _read_text(path: str) -> str | None:
         raise OSError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_FILE:
         raise ChatError(f"{path} has more than {MAX_FILE:,} bytes: is it another file?")
+    return data
+
+
+def _read_text(path: str) -> str | None:
+    """A file's text, or None if there is no such file."""
     try:
-        return data.decode()
+        return None if (data := _read(path)) is None else data.decode()
     except UnicodeDecodeError:
         raise ChatError(f"{path} is not UTF-8 text") from None
 
 
 def _read_json(path: str) -> dict[str, Any]:
     """A file's JSON object, empty if there is no such file."""
-    try:
-        tree = json.loads(_read_text(path) or "{}")
-    except ChatError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ChatError(f"{path} is not valid JSON: {_reason(error)}") from None
-    if not isinstance(tree, dict):
-        raise ChatError(f"{path} is not a JSON object")
-    return tree
+    return parse_object(data, path, ChatError) if (data := _read(path)) else {}

@@ -38,6 +38,7 @@ MAY_IMPORT = {
             "config_lora",
             "config_model",
             "fingerprint",
+            "json_object",
             "leaves",
             "manifest",
             "parameters",

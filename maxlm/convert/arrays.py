@@ -21,10 +21,10 @@ from blake3 import blake3
 
 from maxlm import manifest
 from maxlm.convert.parallel import bands
-from maxlm.convert.safetensors import read_json
 from maxlm.convert.safetensors_writer import WRITE, allocate
 from maxlm.convert.zarr import FILE, Layout, Shape
 from maxlm.fingerprint import Running
+from maxlm.json_object import parse_object
 from maxlm.manifest import ArrayRecord, CheckpointError, DamagedError, FileRecord, Manifest
 
 PREFIX = "params/"
@@ -224,7 +224,7 @@ class ArrayReader:
         if not os.path.exists(place):
             return None
         with open(place, "rb") as file:
-            return Layout.read(self.dtypes[path], self.shapes[path], read_json(file.read(MAX_LAYOUT), place))
+            return Layout.read(self.dtypes[path], self.shapes[path], parse_object(file.read(MAX_LAYOUT), place))
 
     def _name(self, path: str) -> str:
         return f"{self._prefix}{path}".replace("/", ".")

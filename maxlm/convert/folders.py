@@ -10,7 +10,7 @@ from typing import Any
 
 from maxlm import storage
 from maxlm.convert.keys import FamilyError
-from maxlm.convert.safetensors import SafetensorsError, read_json
+from maxlm.json_object import parse_object
 
 CONFIG = "config.json"
 HF = "hf"
@@ -66,10 +66,7 @@ def read_object(path: str) -> dict[str, Any] | None:
         raise OSError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_CONFIG:
         raise FamilyError(f"{path} has more than {MAX_CONFIG:,} bytes: is it another file?")
-    try:
-        return read_json(data, path)
-    except SafetensorsError as error:
-        raise FamilyError(str(error)) from None
+    return parse_object(data, path, FamilyError)
 
 
 def check_tokenizer(folder: str | None, vocab_size: int) -> None:

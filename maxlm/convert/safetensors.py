@@ -8,7 +8,6 @@ References:
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from maxlm.json_object import parse_object, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -220,7 +221,7 @@ def read_index(path: str) -> dict[str, str]:
         if size > MAX_HEADER:
             raise SafetensorsError(f"{path}: an index of {size:,} bytes is more than {MAX_HEADER:,}")
         with open(path, "rb") as file:
-            tree = read_json(file.read(MAX_HEADER), path)
+            tree = parse_object(file.read(MAX_HEADER), path, SafetensorsError)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
     except OSError as error:
@@ -237,49 +238,11 @@ def read_index(path: str) -> dict[str, str]:
     return places
 
 
-def read_json(data: bytes, path: str) -> dict[str, Any]:
-    """Parses a JSON object from a file that anyone may have made.
-
-    Raises:
-        SafetensorsError: it is none, or names a key twice.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen = set[str]()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise SafetensorsError(f"{path} names {shown(twice)} twice")
-        return found
-
-    def refused(text: str) -> None:
-        raise SafetensorsError(f"{path} holds {text}, which is not JSON")
-
-    try:
-        tree = json.loads(data.decode(), object_pairs_hook=once, parse_constant=refused)
-        json.dumps(tree, ensure_ascii=False).encode()  # surrogates
-    except SafetensorsError:
-        raise
-    except RecursionError:
-        raise SafetensorsError(f"{path} is nested too deeply") from None
-    except ValueError as error:
-        raise SafetensorsError(f"{path} does not hold valid JSON: {str(error)[:120]}") from None
-    if not isinstance(tree, dict):
-        raise SafetensorsError(f"{path} holds a JSON {type(tree).__name__} where an object belongs")
-    return tree
-
-
-def shown(value: Any) -> str:
-    """A name out of a file, short and on one line."""
-    text = ascii(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
 def _checked(path: str, header: bytes, start: int, size: int) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
     """Tensors and metadata of a header whose tensors fill [start, size) of the file."""
     if header[:1] != b"{":
         raise SafetensorsError(f"{path} has no header of a safetensors file")
-    tree = read_json(header, path)
+    tree = parse_object(header, path, SafetensorsError)
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SafetensorsError(f"{path}: __metadata__ is to hold text alone")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.convert.safetensors import INDEX, NAMES, SINGLE, SafetensorsError, Tensor, shown
+from maxlm.convert.safetensors import INDEX, NAMES, SINGLE, SafetensorsError, Tensor
+from maxlm.json_object import shown
 
 SHARD_BYTES = 5_000_000_000
 """Of one file, at most, unless a tensor is larger."""
