@@ -111,6 +111,9 @@ def test_choices_from_the_command_line(tmp_path, capsys):
     assert found["acc_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     assert main(args) == 0
     assert "3 questions\n  acc 0.6667 ± 0.3333" in capsys.readouterr().out
+    (tmp_path / "q.jsonl").write_text(lines[0])
+    assert main(args) == 0
+    assert "1 questions\n  acc 0.0000, acc_norm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -117,10 +117,11 @@ def _choices(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"model": scorer.opened.place, "file": args.file, **facts, "loglikelihoods": scores}))
         return 0
-    print(
-        f"{args.file} with {scorer.opened.place}: {found.questions:,} questions\n"
-        f"  acc {found.acc:.4f} ± {found.acc_stderr:.4f}, acc_norm {found.acc_norm:.4f} ± {found.acc_norm_stderr:.4f}"
-    )
+    accuracies = []
+    for name in ("acc", "acc_norm"):
+        stderr = facts[f"{name}_stderr"]  # a single question has none
+        accuracies.append(f"{name} {facts[name]:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}"))
+    print(f"{args.file} with {scorer.opened.place}: {found.questions:,} questions\n  {', '.join(accuracies)}")
     return 0
 
 
