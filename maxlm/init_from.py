@@ -1,7 +1,9 @@
 """A run that begins with the parameters of another, or of a converted model, and nothing else of it."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +11,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from maxlm import manifest, storage
+from maxlm.chat import CONVERTED
 from maxlm.checkpoint import Checkpoints
+from maxlm.config import StoreConfig
+from maxlm.data.store import TokenStore
 from maxlm.fingerprint import fingerprints
+from maxlm.json_object import parse_object
 from maxlm.leaves import difference, map_paths, named_leaves
 from maxlm.manifest import CheckpointError
 from maxlm.step import Program
+from maxlm.steps import split
 
 PREFIX = "params/"
 
@@ -68,6 +75,36 @@ def read_parameters(
         return stack.restack(x, s) if p in others else x
 
     return map_paths(finish, state, shapes)["params"]
+
+
+def bring_files(place: str, run_dir: str, stores: Sequence[StoreConfig]) -> None:
+    """Copies what lies beside a converted model, such as its chat template, into a run that begins with it.
+
+    Not if the run's text has another tokenizer. Where that ends documents with another token than the model knows, the
+    generation config says this one as well.
+
+    Args:
+        place: RUN or RUN@STEP, whose files are copied where it has any.
+        run_dir: the new run.
+        stores: of its text; none if it is not read from stores.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or written.
+    """
+    source = storage.join(split(place)[0], CONVERTED)
+    files = {name: storage.read_bytes(storage.join(source, name)) for name in storage.list_dir(source)}
+    if stores and files:
+        text = TokenStore(stores[0].path).tokenizer_identity
+        if hashlib.sha256(files.get("tokenizer.json", b"")).hexdigest() != text["sha256"]:
+            return
+        name = "generation_config.json"
+        config, tree = (parse_object(files.get(n, b"{}"), storage.join(source, n)) for n in ("config.json", name))
+        known = tree.get("eos_token_id", config.get("eos_token_id"))
+        ends = known if isinstance(known, list) else [] if known is None else [known]
+        if text["eos_id"] not in ends:
+            files[name] = json.dumps({**tree, "eos_token_id": [*ends, text["eos_id"]]}, indent=2).encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(run_dir, CONVERTED, name), data)
 
 
 def _restored(path: str, item: Any) -> Any:

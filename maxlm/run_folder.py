@@ -12,6 +12,7 @@ report.html      drawn at the end, and by `maxlm report`
 loss.png
 tensorboard/     when log.tensorboard is on
 profile/         when train.profile_steps is set
+hf/              tokenizer, chat template and the like of the model that it began with (train.init_from)
 .lock            held by the process that trains; local folders only
 
 A local folder that a run makes is its owner's alone (mode 700); one that is there is left as it is.
@@ -72,6 +73,7 @@ class RunFolder:
         self.primary = jax.process_index() == 0
         self.log_file: IO[str] | None = None
         self._lock: int | None = None
+        self._new: list[str] = []  # what is not there before
 
     def file(self, name: str) -> str:
         """Path of a file or folder of the run."""
@@ -79,15 +81,19 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         if not storage.is_bucket(self.path):
+            names = ("", "checkpoints", "train.log", ".lock")
+            self._new = [self.file(name) for name in names if not os.path.lexists(self.file(name))]
             self._make()
             if self.primary:
                 self._take_lock()
                 self.log_file = open(self.file("train.log"), "a")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.log_file is not None:
             self.log_file.close()
+            if kind is not None and not storage.exists(self.file("identity.json")):
+                self._remove_new()  # a run that was refused has not begun
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -167,6 +173,11 @@ class RunFolder:
                 os.mkdir(self.path, 0o700)
         except OSError as error:
             raise storage.StorageError(f"cannot write to run folder {self.path}: {error.strerror}") from None
+
+    def _remove_new(self) -> None:
+        for path in reversed(self._new):
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
 
     def _take_lock(self) -> None:
         try:

@@ -72,6 +72,12 @@ class Steps:
         return DAMAGED not in names and (manifest.NAME in names or _old(self.path, names))
 
 
+def split(place: str) -> tuple[str, int | None]:
+    """The run and the step of RUN or RUN@STEP."""
+    run, at, text = place.rpartition("@")
+    return (run, int(text)) if at and text.isdecimal() and len(text) <= 18 else (place, None)
+
+
 def chosen(place: str, step: int | None = None) -> tuple[Steps, list[int]]:
     """The checkpoints that a local run means.
 
@@ -87,12 +93,10 @@ def chosen(place: str, step: int | None = None) -> tuple[Steps, list[int]]:
     """
     if storage.is_bucket(place):
         raise StepError(f"{place} is in a bucket; copy the run to a local folder, and take it from there")
-    run, at, text = place.rpartition("@")
-    if not at or not text.isdecimal() or len(text) > 18:
-        run, text = place, ""
-    if text and step not in (None, int(text)):
+    run, named = split(place)
+    if None not in (named, step) and named != step:
         raise StepError(f"{place} names another checkpoint than step={step}; give one of them")
-    wanted = int(text) if text else step
+    wanted = step if named is None else named
     if not os.path.isdir(os.path.join(run, "checkpoints")):
         raise StepError(f"{run} has no folder checkpoints/, as a run has, and what maxlm convert from-hf wrote")
     there = Steps(run)

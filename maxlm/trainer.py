@@ -5,6 +5,7 @@ config -> mesh -> data -> run folder -> step and state -> loop -> evaluation, sa
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from maxlm.data.cli import show_progress
 from maxlm.data.loader import Loader
 from maxlm.data.loader import identity as data_identity
 from maxlm.feed import DataSource, Feed, HostBatch, StepFunction
-from maxlm.init_from import read_parameters
+from maxlm.init_from import bring_files, read_parameters
 from maxlm.loop import Callback, Loop
 from maxlm.loss import TokenLoss
 from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, start_devices
@@ -32,6 +33,7 @@ from maxlm.plan import receipt
 from maxlm.progress import Progress
 from maxlm.run_folder import RunFolder, identity
 from maxlm.step import Program, State, build_program
+from maxlm.steps import split
 
 
 @dataclass
@@ -113,6 +115,8 @@ def train(
         program = build_program(config, mesh, token_loss)
         state, first = _first_state(program, checkpoints, before, folder.tell)
         folder.write_config(config, wanted)
+        if config.train.init_from is not None and first == 0 and folder.primary:
+            bring_files(config.train.init_from, folder.path, [] if data else config.data.stores)
         plan = receipt.start(config, devices, sizes, folder.path, first, folder.tell) if folder.primary else None
 
         # ---- loop
@@ -197,13 +201,13 @@ def _first_state(
 @contextlib.contextmanager
 def _other(program: Program, field: str, place: str) -> Iterator[tuple[Checkpoints, int, bool]]:
     """The checkpoints of another run, RUN or RUN@STEP: the step, and whether it is given."""
-    path, at, text = place.rpartition("@")
-    if not at or not text.isdecimal() or len(text) > 18:
-        path, text = place, ""
+    path, named = split(place)
     if not storage.exists(storage.join(path, "checkpoints")):
-        raise ConfigError(f"train.{field}={place}: {path} is not a run folder with checkpoints")
+        is_hf = storage.exists(storage.join(path, "config.json"))
+        mend = f"; convert it first: maxlm convert from-hf {shlex.quote(path)} FOLDER" if is_hf else ""
+        raise ConfigError(f"train.{field}={place}: {path} is not a run folder with checkpoints{mend}")
     with contextlib.closing(Checkpoints(path, program.config.checkpoint, read_only=True)) as other:
-        step = int(text) if text else other.latest()
+        step = other.latest() if named is None else named
         if step is None or step not in other.steps():
             raise ConfigError(f"train.{field}={place}: {path} has the steps {other.steps()}; write RUN or RUN@STEP")
-        yield other, step, bool(text)
+        yield other, step, named is not None

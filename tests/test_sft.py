@@ -33,6 +33,11 @@ def config(tmp_path, name, store, **train):
     }
 
 
+def byte_store(tmp_path):
+    build_store([str(tmp_path / "*.txt")], str(tmp_path / "bytes-text"), heldout=0)
+    return tmp_path / "bytes-text"
+
+
 @pytest.mark.slow
 def test_a_converted_model_learns_to_answer(tmp_path, capsys):
     """The loss on answers falls, though what users say cannot be foreseen."""
@@ -64,3 +69,12 @@ def test_a_converted_model_learns_to_answer(tmp_path, capsys):
     assert losses[-1] < 0.5 * losses[0]
     assert result.final["heldout_loss"] < 0.5 * losses[0]
     assert "heldout_bits_per_byte" not in result.final, "a loss on answers says nothing about the bytes of the rest"
+
+    done = to_hf(str(tmp_path / "sft"), str(tmp_path / "tuned"))
+    assert done.companions == ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+    ends = json.loads((tmp_path / "tuned" / "generation_config.json").read_text())["eos_token_id"]
+    assert words.token_to_id("<|im_end|>") in ends, "what ends an answer here ends it there"
+    chat = ["generate", str(tmp_path / "sft"), "--chat", "what is 5?", "--max-tokens", "3"]
+    assert main([*chat, "mesh.fsdp=4", "mesh.data=2"]) == 0, capsys.readouterr().err
+    maxlm.train(maxlm.parse_config(config(tmp_path, "bytes", byte_store(tmp_path), steps=1, **start)))
+    assert not (tmp_path / "bytes" / "hf").exists(), "its text has another tokenizer"

@@ -248,6 +248,20 @@ def test_a_run_begins_with_the_parameters_of_another_or_of_a_converted_model(tmp
     assert "of a model with rope_theta=10000.0" in (tmp_path / "d" / "train.log").read_text()
 
 
+def test_a_model_to_begin_with_that_is_refused_leaves_no_run(tmp_path, store):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    run = config(tmp_path, store, train={"init_from": f"{tmp_path}/hf"})
+    with pytest.raises(maxlm.ConfigError, match="convert it first: maxlm convert from-hf .*/hf FOLDER"):
+        maxlm.train(run)
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "train.log").write_text("mine\n")
+    with pytest.raises(maxlm.ConfigError, match="convert it first"):
+        maxlm.train(run)
+    assert [p.read_text() for p in (tmp_path / "r").iterdir()] == ["mine\n"]
+
+
 @pytest.mark.parametrize(
     ("sections", "word"),
     [
