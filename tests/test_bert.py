@@ -1,6 +1,7 @@
 """Models whose tokens see both sides: attention, meshes, BERT's files, and what such models are not for."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -314,7 +315,10 @@ def test_hidden_states_of_texts_do_not_hang_on_their_neighbours(converted, axes,
 def test_what_needs_the_next_token_is_refused(converted, tmp_path, capsys):
     (tmp_path / "text").write_text("abc")
     (tmp_path / "run.yaml").write_text(json.dumps(tree_of(bert_config(), tmp_path)))
+    bare = shutil.copytree(converted, tmp_path / "bare")  # it is refused before weights are read
+    shutil.rmtree(bare / "checkpoints" / "0" / "params.embed")
     for command, says in [
+        (["generate", str(bare), "abc"], "model.causal=false: each token sees those that follow"),
         (["train", str(tmp_path / "run.yaml")], "model.causal=false: tokens see those that follow, so next-token loss"),
         (["eval", "perplexity", converted, "--text", str(tmp_path / "text")], "next-token likelihoods mean nothing"),
     ]:

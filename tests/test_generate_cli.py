@@ -110,6 +110,14 @@ def test_what_cannot_be_is_one_sentence(folder, capsys, arguments, says):
     assert said.startswith("error: ") and says in said and said.count("\n") == 1
 
 
+def test_prompts_are_checked_before_weights_are_read(folder, capsys):
+    add_tokenizer(folder)
+    (folder / "model.safetensors").write_bytes(b"none")
+    for prompt, says in [("", "prompt 1 is empty"), ("ab", "no safetensors file")]:
+        code, _, said = run(capsys, folder, prompt)
+        assert code == 2 and says in said
+
+
 def test_lines_of_a_file_are_checked_before_anything_runs(folder, tmp_path, capsys):
     add_tokenizer(folder)
     for line in ("no json", '{"text": "a"}', '{"messages": []}', "[1]"):

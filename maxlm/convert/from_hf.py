@@ -76,7 +76,7 @@ def accounted(tree: Mapping[str, Any], theirs: Folder) -> tuple[Family, ModelCon
         FamilyError: the family is not known, or config, tokenizer and tensors do not agree.
     """
     folder = theirs.path
-    family, model = _model_of(tree, os.path.join(folder, folders.CONFIG))
+    family, model = model_of(tree, os.path.join(folder, folders.CONFIG))
     _check_sizes(model, theirs, folder)
     wanted = entries(family, model)
     theirs.rename(family.full_name(theirs.tensors))
@@ -110,7 +110,8 @@ def _write_ours(
     return total
 
 
-def _model_of(tree: Mapping[str, Any], path: str) -> tuple[Family, ModelConfig]:
+def model_of(tree: Mapping[str, Any], path: str) -> tuple[Family, ModelConfig]:
+    """The family and the model of a config.json. Args: path: of it, for the message. Raises: FamilyError."""
     try:
         family = family_of(tree)
         return family, family.read_config(tree)

@@ -66,17 +66,20 @@ def _generate(args: argparse.Namespace) -> int:
     args.prompts = [prompt for prompt in args.prompts if not MESH_FIELD.fullmatch(prompt)]
     _check(args)
     requests = _requests(args)
-    from maxlm.infer.generate import Generator
+    from maxlm.infer.generate import Generator, check_prompts
     from maxlm.infer.model_text import ModelText
-    from maxlm.infer.models import open_model
+    from maxlm.infer.models import find_model
     from maxlm.infer.texts import Options, continue_texts
 
-    opened = open_model(args.model, mesh, args.dtype or _dtype())
-    text = ModelText.of(opened)
+    found = find_model(args.model)
+    check_prompts(found.model, [], args.max_tokens)  # and what follows: weights are read when all else is right
+    text = ModelText.of(found)
     stop = tuple(stop.replace("\\n", "\n") for stop in args.stop)
-    options = Options(args.max_tokens, _sampling(args, opened.folder), stop, args.seed, args.batch)
+    options = Options(args.max_tokens, _sampling(args, found.folder), stop, args.seed, args.batch)
     read = functools.cache(_template)
-    prompts = [_encoded(request, args, lambda: read(args.model, opened.folder), text) for request in requests]
+    prompts = [_encoded(request, args, lambda: read(args.model, found.folder), text) for request in requests]
+    check_prompts(found.model, prompts, args.max_tokens)
+    opened = found.open(mesh, args.dtype or _dtype())
     generator = Generator(opened.model, opened.params, opened.mesh)
     shown = _Shown(args, requests)
     start, num_tokens = time.perf_counter(), 0

@@ -19,6 +19,31 @@ CACHE_MULTIPLE = 64
 """Tokens; sizes of caches are multiples of it."""
 
 
+def check_prompts(model: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Refuses what cannot be continued.
+
+    Raises:
+        ValueError: the model cannot, or a prompt is empty, has ids beyond the vocabulary, or is too long for learned
+            positions.
+    """
+    if not model.causal:
+        raise ValueError(
+            "model.causal=false: each token sees those that follow, so the model cannot continue a text; "
+            "it gives hidden states and logits of whole texts (docs/convert.md)"
+        )
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i + 1} is empty; a model continues at least one token")
+        if max(prompt) >= model.vocab_size or min(prompt) < 0:
+            raise ValueError(f"prompt {i + 1} has the token {max(prompt)}, and vocab_size={model.vocab_size}")
+        limit = model.max_positions if model.position == "learned" else None
+        if limit is not None and len(prompt) + max_tokens > limit:
+            raise ValueError(
+                f"prompt {i + 1} has {len(prompt)} tokens, and with {max_tokens} more they are above the model's "
+                f"{limit} positions; shorten it or lower max_tokens"
+            )
+
+
 class Generator:
     """A model on its mesh, ready to continue prompts.
 
@@ -29,34 +54,12 @@ class Generator:
     """
 
     def __init__(self, model: ModelConfig, params: Params, mesh: Mesh):
-        if not model.causal:
-            raise ValueError(
-                "model.causal=false: each token sees those that follow, so the model cannot continue a text; "
-                "it gives hidden states and logits of whole texts (docs/convert.md)"
-            )
+        check_prompts(model, [], 0)
         if mesh.shape.get("stage", 1) > 1 or mesh.shape.get("context", 1) > 1:
             raise ValueError("mesh.stage and mesh.context must be 1 to generate; use mesh.tensor or mesh.data")
         self.model, self.mesh = model, mesh
         self._decoder = Decoder(model, mesh)
         self._params = self._decoder.unstack(params)
-
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        """Refuses what cannot be continued.
-
-        Raises:
-            ValueError: a prompt is empty, has ids beyond the vocabulary, or is too long for learned positions.
-        """
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i + 1} is empty; a model continues at least one token")
-            if max(prompt) >= self.model.vocab_size or min(prompt) < 0:
-                raise ValueError(f"prompt {i + 1} has the token {max(prompt)}, and vocab_size={self.model.vocab_size}")
-            limit = self.model.max_positions if self.model.position == "learned" else None
-            if limit is not None and len(prompt) + max_tokens > limit:
-                raise ValueError(
-                    f"prompt {i + 1} has {len(prompt)} tokens, and with {max_tokens} more they are above the model's "
-                    f"{limit} positions; shorten it or lower max_tokens"
-                )
 
     def tokens(
         self,
@@ -83,7 +86,7 @@ class Generator:
         Raises:
             ValueError: see check.
         """
-        self.check(prompts, max_tokens)
+        check_prompts(self.model, prompts, max_tokens)
         if not prompts or max_tokens < 1:
             return
         sampling = sampling or Sampling()

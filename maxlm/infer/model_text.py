@@ -6,7 +6,7 @@ from typing import Any
 
 from maxlm.convert.folders import check_tokenizer, read_object
 from maxlm.data.tokenizer import load_tokenizer
-from maxlm.infer.models import OpenModel
+from maxlm.infer.models import Model
 from maxlm.infer.sampling import Sampling
 
 FILES = ("tokenizer.json", "tokenizer.model")
@@ -24,12 +24,12 @@ class ModelText:
         self._tokenizer, self.eos_ids, self._is_whole = tokenizer, frozenset(eos_ids), is_whole
 
     @classmethod
-    def of(cls, opened: OpenModel) -> "ModelText":
-        """Of a model that is open. Raises: as of_folder, and ValueError: its tokenizer has too many ids."""
-        if opened.folder is None:
-            return cls(opened.tokenizer, [opened.tokenizer.eos_id], is_whole=False)
-        check_tokenizer(opened.folder, opened.model.vocab_size)
-        return cls.of_folder(opened.folder)
+    def of(cls, model: Model) -> "ModelText":
+        """A model's. Raises: as of_folder, and ValueError: its tokenizer has too many ids."""
+        if model.folder is None:
+            return cls(model.tokenizer, [model.tokenizer.eos_id], is_whole=False)
+        check_tokenizer(model.folder, model.model.vocab_size)
+        return cls.of_folder(model.folder)
 
     @classmethod
     def of_folder(cls, folder: str) -> "ModelText":

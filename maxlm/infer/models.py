@@ -7,10 +7,10 @@ holds more than one of them.
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from maxlm import storage
 from maxlm.config import MeshConfig, ModelConfig
 from maxlm.config_file import load_config
 from maxlm.convert import folders
-from maxlm.convert.from_hf import accounted
+from maxlm.convert.from_hf import accounted, model_of
 from maxlm.convert.merged import open_arrays
 from maxlm.convert.parallel import contiguous
 from maxlm.convert.safetensors import Folder
@@ -38,6 +38,7 @@ from maxlm.sharding import param_spec, put_layer, weight_dtype
 from maxlm.steps import StepError, Steps, chosen
 
 Dtype = Literal["float32", "bfloat16"]
+Found = TypeVar("Found")
 Piece = tuple[str, tuple[int, ...], np.ndarray]
 """Path of a parameter, place in its stack of layers and maybe the expert's in its layer (mapping.Part.slot), values."""
 FEW_TOKENS = 2048
@@ -48,15 +49,13 @@ class ModelError(ValueError):
     """A model that cannot be opened; one sentence that says what would be right."""
 
 
-@dataclass(frozen=True)
-class OpenModel:
-    """A model on its mesh.
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is known of a model without its weights.
 
     Attributes:
         place: where it was read, such as runs/a@400.
-        model: its config; model.dtype is that of params.
-        params: as a Transformer's, layers stacked [L, ...], in the compute dtype, where parameters rest.
-        mesh: its devices.
+        model: its config.
         context: tokens that it was trained on at a time.
         eos_ids: tokens that end a text, as far as its files say.
         folder: of its Hugging Face files (tokenizer, chat template, generation config), if it has them.
@@ -65,8 +64,6 @@ class OpenModel:
 
     place: str
     model: ModelConfig
-    params: dict[str, Any]
-    mesh: Mesh
     context: int
     eos_ids: tuple[int, ...]
     folder: str | None
@@ -90,12 +87,42 @@ class OpenModel:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenModel(Model):
+    """A model on its mesh; its model.dtype is that of params.
+
+    Attributes:
+        params: as a Transformer's, layers stacked [L, ...], in the compute dtype, where parameters rest.
+        mesh: its devices.
+    """
+
+    params: dict[str, Any]
+    mesh: Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel(Model):
+    """A model whose weights have not been read.
+
+    Attributes:
+        weights: reads them: the place, and model, params and mesh as an OpenModel has them.
+    """
+
+    weights: Callable[[MeshConfig, Dtype], tuple[str, ModelConfig, dict[str, Any], Mesh]]
+
+    def open(self, mesh: MeshConfig | None = None, dtype: Dtype = "bfloat16") -> OpenModel:
+        """Reads it onto the devices; as open_model."""
+        place, model, params, used = self.weights(mesh or MeshConfig(), dtype)
+        known: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Model)}
+        known |= {"place": place, "model": model}
+        return OpenModel(**known, params=params, mesh=used)
+
+
 def open_model(place: str, mesh: MeshConfig | None = None, dtype: Dtype = "bfloat16") -> OpenModel:
     """Reads a model onto the devices.
 
     Args:
-        place: folder of a run or of what `maxlm convert from-hf` wrote, FOLDER or FOLDER@STEP (default: the newest
-            checkpoint that is whole), or a Hugging Face folder (config.json and safetensors).
+        place: as find_model.
         mesh: axis sizes; default: all devices share the parameters (fsdp).
         dtype: of parameters and computation.
 
@@ -107,41 +134,38 @@ def open_model(place: str, mesh: MeshConfig | None = None, dtype: Dtype = "bfloa
         ConfigError: the mesh does not fit the devices or the model.
         OSError: something cannot be read.
     """
-    config = mesh or MeshConfig()
+    return find_model(place).open(mesh, dtype)
+
+
+def find_model(place: str) -> FoundModel:
+    """Looks for a model, and reads what says what it is.
+
+    Args:
+        place: folder of a run or of what `maxlm convert from-hf` wrote, FOLDER or FOLDER@STEP (default: the newest
+            checkpoint that is whole), or a Hugging Face folder (config.json and safetensors).
+
+    Raises:
+        ModelError, FamilyError, CheckpointError: there is none, or it is damaged.
+        OSError: something cannot be read.
+    """
     if storage.is_bucket(place):
         raise ModelError(f"{place} is in a bucket; copy the model to a local folder and open it there")
     if os.path.isfile(os.path.join(place, folders.CONFIG)):
-        return _open_hf(place, config, dtype)
+        tree = folders.read_config(place)
+        model = model_of(tree, os.path.join(place, folders.CONFIG))[1]
+        return FoundModel(model=model, weights=partial(_read_hf, place, tree), **_about_hf(place, place, tree))
     try:
         there, steps = chosen(place)
     except StepError as error:
         raise ModelError(f"{place} is no model: {error}, and {folders.CONFIG} of Hugging Face is not there") from None
-    return _open_run(there, steps, config, dtype)
+    return _find_run(there, steps)
 
 
 # ---- sources
 
 
-def _open_hf(folder: str, config: MeshConfig, dtype: Dtype) -> OpenModel:
-    tree = folders.read_config(folder)
-    with contextlib.closing(Folder(folder)) as theirs:
-        _, model, wanted = accounted(tree, theirs)
-        by_name = {entry.name: entry for entry in wanted}
-
-        def pieces() -> Iterator[Piece]:
-            for name in theirs.in_order():
-                if name in by_name:
-                    for part, values in by_name[name].to_ours(theirs.read(name)):
-                        yield part.path, part.slot, values
-
-        model, mesh = _placed(model, config, dtype)
-        params = _on_devices(model, mesh, pieces())
-    return _opened_hf(folder, folder, model, params, mesh, tree)
-
-
-def _opened_hf(
-    place: str, folder: str, model: ModelConfig, params: dict[str, Any], mesh: Mesh, tree: Mapping[str, Any]
-) -> OpenModel:
+def _about_hf(place: str, folder: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Model that a folder's files say."""
     eos = tree.get("eos_token_id")
     eos_ids = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
     context = tree.get("max_position_embeddings")
@@ -159,33 +183,68 @@ def _opened_hf(
         except ValueError as error:
             raise ModelError(f"tokenizer {path}: {error}") from None
 
-    return OpenModel(place, model, params, mesh, context, eos_ids, folder, tokenizer)
+    return {"place": place, "context": context, "eos_ids": eos_ids, "folder": folder, "load_tokenizer": tokenizer}
 
 
-def _open_run(there: Steps, steps: list[int], config: MeshConfig, dtype: Dtype) -> OpenModel:
+def _read_hf(
+    folder: str, tree: Mapping[str, Any], config: MeshConfig, dtype: Dtype
+) -> tuple[str, ModelConfig, dict[str, Any], Mesh]:
+    with contextlib.closing(Folder(folder)) as theirs:
+        _, model, wanted = accounted(tree, theirs)
+        by_name = {entry.name: entry for entry in wanted}
+
+        def pieces() -> Iterator[Piece]:
+            for name in theirs.in_order():
+                if name in by_name:
+                    for part, values in by_name[name].to_ours(theirs.read(name)):
+                        yield part.path, part.slot, values
+
+        model, mesh = _placed(model, config, dtype)
+        return folder, model, _on_devices(model, mesh, pieces()), mesh
+
+
+def _find_run(there: Steps, steps: list[int]) -> FoundModel:
     folder = there.run_dir
+
+    def look(step: int) -> tuple[ModelConfig, Any]:
+        reader = open_arrays(there.known_path(step))
+        return saved_model(reader, folder), reader.manifest.run.get("train")
+
+    def weights(config: MeshConfig, dtype: Dtype) -> tuple[str, ModelConfig, dict[str, Any], Mesh]:
+        newest, read = _newest_whole(folder, left, lambda step: _read_checkpoint(there, step, config, dtype))
+        return f"{folder}@{newest}", *read
+
+    step, (model, train) = _newest_whole(folder, steps, look)
+    left, place, beside = steps[steps.index(step) :], f"{folder}@{step}", os.path.join(folder, folders.HF)
+    if os.path.isdir(beside):
+        about = _about_hf(place, beside, folders.read_config(beside))
+        return FoundModel(model=model, weights=weights, **about)
+    return FoundModel(
+        place=place,
+        model=model,
+        context=train.get("seq_len", FEW_TOKENS) if isinstance(train, dict) else FEW_TOKENS,
+        eos_ids=(),
+        folder=None,
+        load_tokenizer=partial(_store_tokenizer, folder),
+        weights=weights,
+    )
+
+
+def _newest_whole(folder: str, steps: Sequence[int], read: Callable[[int], Found]) -> tuple[int, Found]:
+    """The first step that is not damaged, and what is read of it."""
     for step in steps:
         try:
-            model, params, mesh, run = _read_checkpoint(there, step, config, dtype)
-            break
+            return step, read(step)
         except DamagedError as error:
             if step == steps[-1]:
                 raise
             print(f"checkpoint {step} of {folder} is left out: {error}", file=sys.stderr)
-    else:
-        raise AssertionError
-    place = f"{folder}@{step}"
-    beside = os.path.join(folder, folders.HF)
-    if os.path.isdir(beside):
-        return _opened_hf(place, beside, model, params, mesh, folders.read_config(beside))
-    train = run.get("train")
-    context = train.get("seq_len", FEW_TOKENS) if isinstance(train, dict) else FEW_TOKENS
-    return OpenModel(place, model, params, mesh, context, (), None, partial(_store_tokenizer, folder))
+    raise AssertionError
 
 
 def _read_checkpoint(
     there: Steps, step: int, config: MeshConfig, dtype: Dtype
-) -> tuple[ModelConfig, dict[str, Any], Mesh, Mapping[str, Any]]:
+) -> tuple[ModelConfig, dict[str, Any], Mesh]:
     reader = open_arrays(there.known_path(step))
     model = saved_model(reader, there.run_dir)
     check_arrays(reader, model, there.run_dir)
@@ -205,7 +264,7 @@ def _read_checkpoint(
     own = {path: len(dims) for path, (dims, _) in _layout(model, mesh).items()}
     params = _on_devices(model, mesh, pieces(own))
     reader.check(leading)
-    return model, params, mesh, reader.manifest.run
+    return model, params, mesh
 
 
 def _store_tokenizer(folder: str) -> Tokenizer:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from maxlm.infer.generate import Generator
+from maxlm.infer.generate import Generator, check_prompts
 from maxlm.infer.sampling import Sampling
 from maxlm.infer.text import TextStream
 
@@ -68,7 +68,7 @@ def continue_texts(
     Raises:
         ValueError: a prompt that cannot be continued, before any is.
     """
-    generator.check(prompts, options.max_tokens)
+    check_prompts(generator.model, prompts, options.max_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for first in range(0, len(order), options.batch_size):
         numbers = order[first : first + options.batch_size]
