@@ -13,6 +13,8 @@ from maxlm import units
 from maxlm.commands import add_command
 from maxlm.config_file import ConfigError, load_config, to_yaml
 
+COMPILED = 2
+"""Plans for each machine, unless the user says otherwise."""
 PLAN_EXAMPLES = """examples:
   maxlm plan configs/llama3_8b.yaml --on v6e-256 --on v5p-128 --tokens 1T
   maxlm plan configs/1b.yaml --on v5e-16 --compile 0            by formulas alone, in seconds
@@ -59,7 +61,9 @@ def add_parser(subparsers: Any) -> None:
     add("--deadline", metavar="TIME", help="leave out what takes longer, such as 10d")
     add("--budget", metavar="USD", help="leave out what costs more; with --scaling: forecast the loss that it buys")
     add("--top", type=int, default=3, metavar="N", help="plans to show for each machine (3)")
-    add("--compile", type=int, default=2, metavar="N", help="plans to compile for each TPU machine (2); 0 for none")
+    add(
+        "--compile", type=int, default=COMPILED, metavar="N", help=f"plans to compile for each TPU machine ({COMPILED})"
+    )
     add(
         "--numerics",
         nargs="?",

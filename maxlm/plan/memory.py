@@ -1,8 +1,8 @@
 """What a device holds during a train step, in bytes by part, from the config alone.
 
 Nothing is compiled: parameters say where they rest (sharding.PARAM), and what a layer keeps for the backward pass
-follows from the remat policy (model/stack.py). The peak is the larger of two moments: the loss, and a layer's backward
-pass.
+follows from the remat policy (model/stack.py). The peak is the largest of three moments: the loss, a layer's backward
+pass, and at last that of the embedding, whose activations are gone by then.
 """
 
 import math
@@ -36,6 +36,7 @@ class Memory:
         activations: what layers keep for the backward pass, of all microbatches that are under way.
         layer: what one repeat of the layers works with in its backward pass, its gathered weights included.
         head: logits, their gradients, and the gathered projection.
+        embedding: its gradient, whole over fsdp: in float32, and in the type it is sent in.
         batch: tokens and what comes with them.
         summed: gradients are there during the loss already, as sums over microbatches.
     """
@@ -47,6 +48,7 @@ class Memory:
     activations: float
     layer: float
     head: float
+    embedding: float
     batch: float
     summed: bool
 
@@ -62,12 +64,15 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """What makes up the peak, by name."""
-        in_head = self.head + (self.gradients if self.summed else 0)
-        at = {"head": self.head} if in_head >= self.gradients + self.layer else {"layer": self.layer}
-        if self.summed or "layer" in at:
-            at["gradients"] = self.gradients
+        gradients, activations = {"gradients": self.gradients}, {"activations": self.activations}
+        moments = (
+            {**activations, "head": self.head, **(gradients if self.summed else {})},
+            {**activations, "layer": self.layer, **gradients},
+            {"embedding": self.embedding, **gradients},
+        )
+        largest = max(moments, key=lambda parts: sum(parts.values()))
         shown = {"weights": self.weights, "optimizer": self.optimizer, "gathered": self.gathered}
-        return {**shown, "activations": self.activations, **at, "batch": self.batch}
+        return {**shown, **largest, "batch": self.batch}
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
         activations=_kept_activations(share),
         layer=_layer(share),
         head=_head(share),
+        embedding=(4 + size) * sum(share.in_use(path, p) for path, p in found.items() if "embed" in path.split("/")[0]),
         batch=4 * 5 * train.tokens_per_step / rows,
         summed=train.grad_accum > 1,
     )

@@ -184,6 +184,8 @@ def _with_mesh(base: Config, own: Config, place: Place, mesh: Mapping[str, int])
     found, refused = list[Plan](), None
     policies = REMAT if place.chip.name.startswith("TPU") else REMAT_WITHOUT_SPLASH
     for remat in ("full",) if mesh["stage"] > 1 else policies:
+        if remat == "offload" and any(place.fits(plan.memory) for plan in found):
+            continue  # what it takes to and from the host is not known: only where there is no other way
         try:
             plans = [_plan(base, own, place, mesh, grad_accum, remat) for grad_accum in microbatches(own, mesh)]
             if plans:  # what stands in a config together is checked where it is read; model_copy does not

@@ -220,7 +220,11 @@ def _sent(share: Share) -> dict[str, dict[str, float]]:
             "reduce": sums * share.layers * micro * stream,
             "gather": micro * size * model.padded_vocab * model.d_model,
         },
-        "stage": {"permute": 2 * (micro + stages - 1) * stream * config.mesh.rounds},
+        "stage": {
+            "permute": 2 * (micro + stages - 1) * stream * config.mesh.rounds,
+            "gather": 3 * micro * stream,  # of the head, which all stages share
+            "reduce": size * model.padded_vocab * model.d_model,
+        },
         "context": {"permute": share.layers * micro * 4 * (5 * n - 1) * keys, "reduce": 4 * resting},
         "expert": {"exchange": 5 * share.layers * micro * visits, "reduce": 4 * (resting - experts)},
     }
