@@ -53,6 +53,8 @@ GEMMA |= {"head_dim": 256, "tie_embeddings": True}
 GPT = {"vocab_size": 50257, "num_layers": 36, "d_model": 1280, "d_ff": 5120, "num_heads": 20, "mlp": "plain"}
 FINE_MOE = {"vocab_size": 50304, "num_layers": 16, "d_model": 2048, "d_ff": 1024, "num_heads": 16}
 FINE_MOE |= {"num_experts": 32, "experts_per_token": 4}
+WIDE_MOE = {"vocab_size": 32000, "num_layers": 16, "d_model": 1536, "d_ff": 4096, "num_heads": 12, "num_kv_heads": 4}
+WIDE_MOE |= {"num_experts": 8, "experts_per_token": 2}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ FITTED = {
     "1b-stage": Case("v5e-16", LLAMA_1B, 128, 2048, ("mesh.stage=4", "train.grad_accum=8")),
     "1b-context": Case("v5e-16", LLAMA_1B, 16, 8192, ("mesh.context=4",)),
     "moe-expert": Case("v5e-16", MOE, 32, 2048, ("mesh.expert=4",)),
+    "moe-expert-v5p": Case("v5p-16", FINE_MOE, 32, 4096, ("mesh.expert=4",)),
     "1b-v6e": Case("v6e-4", LLAMA_1B, 16, 4096),
     "7b-v5p": Case("v5p-16", LLAMA2_7B, 32, 4096),
 }
@@ -102,7 +105,8 @@ CASES = {
     "3b-stage": Case("v5e-16", LLAMA_3B, 64, 2048, ("mesh.stage=4", "train.grad_accum=8")),
     "gemma-v5p": Case("v5p-8", GEMMA, 16, 4096),
     "gpt-none-data": Case("v5e-8", GPT, 16, 1024, ("train.remat=none", "mesh.data=2")),
-    "moe-expert-v5p": Case("v5p-16", FINE_MOE, 32, 4096, ("mesh.expert=4",)),
+    "moe-expert-2": Case("v5e-16", {**WIDE_MOE, "num_layers": 12}, 32, 2048, ("mesh.expert=2",)),
+    "moe-fsdp": Case("v5e-16", WIDE_MOE, 16, 4096, ("train.remat=dots",)),
     "7b-minimal-v4": Case("v4-32", LLAMA2_7B, 32, 4096, ("train.remat=minimal",)),
     "8b-attention-micro": Case("v5e-64", LLAMA_8B, 128, 4096, ("train.remat=attention", "train.grad_accum=2")),
     "8b-tensor-v5p": Case("v5p-32", LLAMA_8B, 32, 8192, ("mesh.tensor=4",)),

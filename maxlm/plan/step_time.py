@@ -41,8 +41,9 @@ stream and of the heads: norms, sums, rotations, copies between layouts; from th
 CYCLES_PER_Q, CYCLES_PER_HOP = (0.04, 0.08), (0.135, 0.18)
 """The second in a TPU core's cycles: what heads ask for are mostly copies between layouts, which memory does not slow.
 And what each further shard of a context ring adds to them: its parts of the sums are put together in float32."""
-BYTES_PER_ROUTED = 54.0
-"""Bytes per hidden feature of every row that routed experts have room for, all passes together, on v5e."""
+BYTES_PER_ROUTED, CYCLES_PER_EXCHANGED = 38.0, 0.18
+"""Of every row that routed experts have room for, all passes together: bytes per hidden feature, and cycles per feature
+of the stream where rows are exchanged over an axis, which wants them in another layout."""
 UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
@@ -175,9 +176,17 @@ def _layer_memory(share: Share, chip: Chip) -> float:
     of_heads = q / chip.hbm_bytes_per_s
     if chip.flops_per_cycle:
         of_heads = (cycles + hop * (share.sizes["context"] - 1)) * chip.flops_per_cycle / chip.bf16_flops / chip.cores
-    routed = BYTES_PER_ROUTED * routed_rows(share) * model.expert_width / share.sizes["tensor"]
-    routed *= model.num_expert_layers / model.num_layers
-    return share.tokens * of_heads * heads + (share.tokens * d * model.d_model + routed) / chip.hbm_bytes_per_s
+    return share.tokens * (d * model.d_model / chip.hbm_bytes_per_s + of_heads * heads) + _routing(share, chip)
+
+
+def _routing(share: Share, chip: Chip) -> float:
+    """What routed experts take of a layer beside their products."""
+    model, rows = share.config.model, routed_rows(share) * share.config.model.num_expert_layers
+    hidden = BYTES_PER_ROUTED * model.expert_width / share.sizes["tensor"] / chip.hbm_bytes_per_s
+    exchanged = 0.0
+    if share.sizes["expert"] > 1 and chip.flops_per_cycle:
+        exchanged = CYCLES_PER_EXCHANGED * model.d_model * chip.flops_per_cycle / chip.bf16_flops / chip.cores
+    return rows / model.num_layers * (hidden + exchanged)
 
 
 def _memory(share: Share, chip: Chip) -> float:
