@@ -1,5 +1,6 @@
 """What a run's train step costs, without its data: measured on the devices at hand, or compiled for a TPU slice."""
 
+import collections
 import contextlib
 import re
 import statistics
@@ -27,6 +28,8 @@ from maxlm.stop import process_age_s
 from maxlm.topology import topology_devices
 
 PROFILED_STEPS = 3
+SMALL = 0.001
+"""Share of the memory below which a part is not shown."""
 LISTED = 5
 """Buffers that are named of a step that does not fit."""
 AROUND = {"while", "conditional", "call"}
@@ -45,7 +48,7 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     Returns:
         JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles), places,
         arguments (their bytes by part) and buffers: what lies in memory beside them when that is most (buffers.py),
-        as dicts of place, array, count and bytes (of all); buffers_bytes is their sum, those not named included.
+        as dicts of place, array, count and bytes (of all); buffers_by_part and buffers_bytes are sums of all of them.
 
     Raises:
         ConfigError: the config does not fit the slice, or the TPU compiler is missing.
@@ -64,29 +67,31 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
     names = {"params": "weights", "opt": "optimizer"}
     arguments = {names.get(key, key): bytes_per_device(tree) for key, tree in program.state_shapes.items()}
     arguments["batch"] = bytes_per_device(program.batch_shapes)
-    at_peak = buffers.at_peak(text)
     return {
         "topology": topology,
         **result,
         "places": top_operations(priced, top),
         "arguments": arguments,
-        "buffers": _largest(at_peak, top),
-        "buffers_bytes": sum(buffer.bytes for buffer in at_peak),
+        **_at_work(buffers.at_peak(text), top),
     }
 
 
-def _largest(found: list[Buffer], top: int) -> list[dict[str, Any]]:
-    """Buffers of one shape and place together; what a loop over layers only copies into has no other place."""
-    together: dict[tuple[str, str], list[int]] = {}
+def _at_work(found: list[Buffer], top: int) -> dict[str, Any]:
+    """Buffers by part of the model, and the largest; those of one shape and place together."""
+    parts, together = collections.Counter[str](), dict[tuple[str, str], list[int]]()
     for buffer in found:
         place = words(buffer.source) or "other"
-        place = "kept by layers" if place.startswith(("dynamic_update", "broadcast_in_dim")) else place
+        part = place.partition(" ")[0]
+        if part.startswith(("dynamic_update", "broadcast_in_dim")):  # a loop over layers only copies into it
+            place = part = "kept by layers"
+        parts[part] += buffer.bytes
         together.setdefault((place, buffer.array), []).append(buffer.bytes)
     rows = [
         {"place": place, "array": array, "count": len(sizes), "bytes": sum(sizes)}
         for (place, array), sizes in together.items()
     ]
-    return sorted(rows, key=lambda row: -row["bytes"])[:top]
+    largest = sorted(rows, key=lambda row: -row["bytes"])[:top]
+    return {"buffers": largest, "buffers_by_part": dict(parts.most_common()), "buffers_bytes": parts.total()}
 
 
 def bench_measured(config: Config, warmup: int, steps: int, profile: str | None, top: int) -> dict[str, Any]:
@@ -277,6 +282,8 @@ def show(result: dict[str, Any]) -> str:
     if "arguments" in result:
         parts = sorted(result["arguments"].items(), key=lambda item: -item[1])
         add("state", ", ".join(f"{name} {units.size(size)}" for name, size in parts))
+        parts = [(name, size) for name, size in result["buffers_by_part"].items() if size >= SMALL * total]
+        add("at work", ", ".join(f"{name} {units.size(size)}" for name, size in parts))
     for row in result.get("buffers", ()):
         add("at work", f"{units.size(row['bytes']):>9}  {row['count']} x {row['array']}, {row['place']}")
     parts = [("import_s", "imports"), ("init_s", "weights"), ("trace_s", "tracing"), ("compile_s", "compiling")]

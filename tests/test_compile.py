@@ -94,6 +94,8 @@ def test_compiles_for_a_slice_that_is_not_there(config, capsys, tmp_path):
         "the rest of a small program is the compiler's own"
     )
     assert 0 < sum(row["bytes"] for row in result["buffers"]) <= result["buffers_bytes"]
+    assert sum(result["buffers_by_part"].values()) == result["buffers_bytes"]
+    assert result["buffers_by_part"].keys() & {"mlp", "attention", "head", "optimizer"}
     assert main(["compile", config, *SETTINGS, "--on", "v5e-4"]) == 0
     out = capsys.readouterr().out
     assert "MFU" in out and "at work" in out and "optimizer" in out

@@ -122,7 +122,8 @@ def search(config: Config, place: Place, numerics: Collection[str] = ()) -> list
         for own in variants(config, place.chip, numerics):
             for mesh in meshes(own, place, split):
                 plans, problem = _with_mesh(config, own, place, mesh)
-                found, refused = found + plans, problem or refused
+                found += plans
+                refused = problem or refused
         if fitting := [plan for plan in found if place.fits(plan.memory)]:
             return sorted(fitting, key=lambda plan: plan.rank)
     if not found:
