@@ -80,10 +80,10 @@ def _at_work(found: list[Buffer], top: int) -> dict[str, Any]:
     """Buffers by part of the model, and the largest; those of one shape and place together."""
     parts, together = collections.Counter[str](), dict[tuple[str, str], list[int]]()
     for buffer in found:
-        place = words(buffer.source) or "other"
-        part = place.partition(" ")[0]
+        place = words(buffer.source).strip() or "other"
+        part = "other" if place.startswith("(") else place.partition(" ")[0]
         if part.startswith(("dynamic_update", "broadcast_in_dim")):  # a loop over layers only copies into it
-            place = part = "kept by layers"
+            place = part = "gradients of layers" if "(backward)" in place else "kept by layers"
         parts[part] += buffer.bytes
         together.setdefault((place, buffer.array), []).append(buffer.bytes)
     rows = [

@@ -87,7 +87,7 @@ class _Run:
             whole = found.setdefault(self._root(leaf), own)
             if own.bytes > whole.bytes:
                 whole.array, whole.bytes = own.array, own.bytes
-            whole.source = whole.source if "/" in whole.source else own.source
+            whole.source = whole.source or own.source
             whole.first, whole.last = min(whole.first, own.first), max(whole.last, own.last)
             whole.is_argument |= own.is_argument
         return list(found.values())
@@ -140,7 +140,7 @@ class _Run:
             started = {self.types[leaf]: leaf for leaf in _flat(operands[0])}
             if all(text in started for text in wanted):
                 return [[started[text]] for text in wanted]
-        source = re.search(r'op_name="([^"]*)"', rest)
+        source = re.search(r'op_name="([^"]*/[^"]*)"', rest)  # those without / are names of the compiler's or arguments
         value = [
             [self._new(match, operation, source[1] if source else "") for match in _LEAF.finditer(element)]
             for element in _elements(result)
