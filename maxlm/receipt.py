@@ -156,10 +156,8 @@ def compare(prediction: Prediction | None, measured: Mapping[str, float | None])
 
 def foretold(prediction: Prediction | None) -> str | None:
     """A line for the start of a run; None where nothing is predicted."""
-    if prediction is None:
+    if prediction is None or prediction.step_time_s is None or prediction.days is None:
         return None
-    if prediction.step_time_s is None or prediction.days is None:
-        return prediction.basis
     ranges = [(prediction.step_time_s, units.duration, 1.0), (prediction.days, units.duration, 86400.0)]
     ranges += [(prediction.usd, units.dollars, 1.0)] if prediction.usd else []
     texts = [f"{show(r.low * unit)} to {show(r.high * unit)}" for r, show, unit in ranges]
@@ -168,7 +166,7 @@ def foretold(prediction: Prediction | None) -> str | None:
 
 
 def rows(record: Mapping[str, float], predicted_by: str | None) -> dict[str, str]:
-    """Lines for a table of names and values.
+    """Lines for a table of names and values, of what was measured.
 
     Args:
         record: from compare.
@@ -177,9 +175,9 @@ def rows(record: Mapping[str, float], predicted_by: str | None) -> dict[str, str
     found = {}
     for name, (label, show) in SHOWN.items():
         got, said = record.get(name), record.get(f"predicted_{name}")
-        if got is None and said is None:
+        if got is None:
             continue
-        text = "not measured" if got is None else show(got)
+        text = show(got)
         if said is not None:
             low, high = record.get(f"predicted_{name}_low"), record.get(f"predicted_{name}_high")
             text += f"; predicted {show(said)}"
@@ -187,9 +185,7 @@ def rows(record: Mapping[str, float], predicted_by: str | None) -> dict[str, str
         if (ratio := record.get(f"{name}_ratio")) is not None:
             text += f", {ratio:.2f} times that"
         found[label] = text
-    if predicted_by and any(name.startswith("predicted_") for name in record):
-        found["predicted by"] = predicted_by
-    return found
+    return {**found, "predicted by": predicted_by} if found and predicted_by else found
 
 
 def median(times: list[float]) -> float | None:

@@ -79,7 +79,8 @@ def predict(
     found = found.model_copy(update={"memory_bytes": memory.parts(), "hbm_peak_bytes": memory.peak})
     fitted = _factors(chip.name, config.model.dtype, tell)
     if fitted is None and not known:
-        return found.model_copy(update={"basis": f"nothing is known of {chip.name} before maxlm plan --calibrate"})
+        basis = f"nothing yet: maxlm plan --calibrate RUN teaches what {chip.name} can do"
+        return found.model_copy(update={"basis": basis})
     time = factors.predict(config, sizes, chip, known, torus)
     spread, basis = None, "formulas"
     if fitted is not None:
