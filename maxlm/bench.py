@@ -19,7 +19,7 @@ from maxlm import buffers, flops, hlo, hosts, units
 from maxlm.buffers import Buffer
 from maxlm.config import Config
 from maxlm.cost import cost_of, top_operations, words
-from maxlm.ending import bytes_per_device
+from maxlm.ending import bytes_per_device, hbm_peak_bytes
 from maxlm.hardware import detect
 from maxlm.loss import Batch
 from maxlm.mesh import axis_sizes, check_fit, choose_devices, make_mesh, mesh_text, start_devices
@@ -187,7 +187,6 @@ def _measured(
     median, chip = statistics.median(times[-steps:]), detect(program.mesh.devices.flat[0])
     tokens_per_s, peak = config.train.tokens_per_step / median, chip.peak(config.model.dtype) if chip else None
     per_token = program.flops_per_token
-    statistics_of_device = program.mesh.local_devices[0].memory_stats() or {}
     result = {
         "init_s": init_s,
         "first_step_s": first_step_s,
@@ -196,7 +195,7 @@ def _measured(
         "loss": float(metrics["loss"]),  # of random tokens: about log(vocab_size)
         "tokens_per_s_per_device": tokens_per_s / program.mesh.size,
         "mfu": flops.mfu(tokens_per_s, per_token, peak * program.mesh.size) if peak else None,
-        "peak_bytes": statistics_of_device.get("peak_bytes_in_use"),
+        "peak_bytes": hbm_peak_bytes(program.mesh.local_devices),
     }
     if profile is not None:
         result["places"] = top_operations(_profiled(compiled, state, batch, profile), top)

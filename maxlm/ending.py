@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +109,9 @@ def _missing_heldout(source: DataSource, seq_len: int) -> str | None:
     return "none: no row of held-out text (maxlm data build --heldout 0.01)"
 
 
-def _hbm_peak_bytes(program: Program) -> float | None:
-    """The most that a device of this host has held since the process began; None where it does not tell."""
-    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in program.mesh.local_devices]
+def hbm_peak_bytes(devices: Sequence[Any]) -> float | None:
+    """The most that one of these devices has held since the process began; None where none tells, as CPUs."""
+    told = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((float(peak) for peak in told if peak), default=None)
 
 
@@ -212,7 +212,7 @@ class Ending:
             mfu = flops.mfu(rate, self.facts["flops_per_token"], peak)
         measured = {
             "step_time_s": step_time_s,
-            "hbm_peak_bytes": _hbm_peak_bytes(loop.program),
+            "hbm_peak_bytes": hbm_peak_bytes(loop.program.mesh.local_devices),
             "mfu": mfu,
             "usd": loop.ledger.goodput().usd,
         }

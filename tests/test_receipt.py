@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from helpers import MODEL
 
@@ -12,6 +13,7 @@ import maxlm
 from maxlm import goodput, receipt
 from maxlm.cli import main
 from maxlm.config_file import load_config
+from maxlm.ending import hbm_peak_bytes
 from maxlm.goodput import Start
 from maxlm.mesh import axis_sizes
 from maxlm.metrics import Metrics, read_metrics
@@ -165,6 +167,14 @@ def test_measured_and_predicted_side_by_side():
     assert receipt.compare(None, {"step_time_s": 2.0}) == {"step_time_s": 2.0}
     assert receipt.rows({"step_time_s": 2.0}, None) == {"step time": "2.00 s"}
     assert receipt.rows({}, None) == {}
+
+
+def test_the_fullest_device_that_tells_counts():
+    def device(held):
+        return SimpleNamespace(memory_stats=lambda: held and {"peak_bytes_in_use": held, "bytes_limit": 100})
+
+    assert hbm_peak_bytes([device(3), device(7), device(None)]) == 7.0
+    assert hbm_peak_bytes([device(None)]) is None and hbm_peak_bytes(jax.devices()) is None, "CPUs do not tell"
 
 
 def test_dollars_are_those_of_all_starts():
