@@ -134,6 +134,8 @@ def test_the_lines_for_a_table():
         json.dumps([{**vars(start(0.0, 0, 5)), "seconds": [1, 2]}]),
         json.dumps([{**vars(start(0.0, 0, 5)), "began": None}]),
         json.dumps([{**vars(start(0.0, 0, 5)), "began": 10**400}]),
+        json.dumps([{**vars(start(0.0, 0, 5)), "usd_per_hour": -1.0}]),
+        json.dumps([{**vars(start(0.0, 0, 5)), "usd_per_hour": "3"}]),
         "[" * 100_000,
     ],
 )
@@ -147,6 +149,16 @@ def test_a_damaged_file_is_told_and_begun_anew(tmp_path, clock, text):
         assert book.goodput().total_s == 2.0
     assert len(told) == 1 and "goodput.json is damaged; the time of earlier starts is not counted" in told[0]
     assert [s.seconds for s in read(str(tmp_path))] == [{"start": 2.0}]
+
+
+def test_a_file_of_before_there_were_prices_is_read(tmp_path, clock):
+    entry = vars(start(0.0, 0, 5, 8, step=3600.0)).copy()
+    del entry["usd_per_hour"]
+    (tmp_path / goodput.FILE).write_text(json.dumps([entry]))
+    with opened(tmp_path, clock, 5, usd_per_hour=16.0) as book:
+        clock.sleep(1800.0)
+        assert book.goodput().usd == 16 + 16 / 2
+    assert [s.usd_per_hour for s in read(str(tmp_path))] == [None, 16.0]
 
 
 def test_a_missing_file_is_told_where_there_were_steps_before(tmp_path, clock):
