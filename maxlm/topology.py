@@ -31,9 +31,11 @@ def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    single = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
+    how: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
+    if name.startswith("v4:"):
+        how["chip_config_name"] = "megacore"  # as on the VMs: a chip's cores are one device
     try:
-        return list(topologies.get_topology_desc(name, "tpu", num_slices=num_slices, **single).devices)
+        return list(topologies.get_topology_desc(name, "tpu", num_slices=num_slices, **how).devices)
     except Exception as error:
         text = " ".join(str(error).split())
         if "not installed" in text:

@@ -7,6 +7,9 @@ import pytest
 from maxlm.bench import without_room
 from maxlm.buffers import at_peak
 from maxlm.cli import main
+from maxlm.hardware import detect
+from maxlm.plan.targets import target
+from maxlm.topology import topology_devices
 
 MODEL = "vocab_size=512 num_layers=2 d_model=128 d_ff=256 num_heads=4".split()
 SETTINGS = [f"model.{field}" for field in MODEL] + ["train.seq_len=128", "train.batch_size=8", "mesh.tensor=2"]
@@ -153,3 +156,14 @@ def test_products_in_each_type_on_a_slice(config, capsys):
 def test_refuses_with_a_sentence(config, capsys, arguments, sentence):
     assert main(["compile", config, *SETTINGS, *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+@pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
+def test_the_compiler_has_as_many_devices_for_a_slice_as_its_vms(name):
+    where = target(name)
+    assert where.topology
+    devices = topology_devices(where.topology)
+    assert len(devices) == where.place.num_devices
+    assert detect(devices[0]) == where.place.chip

@@ -166,7 +166,7 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
         activations=_kept_activations(share),
         layer=_layer(share),
         head=_head(share),
-        embedding=(4 + size) * sum(share.in_use(path, p) for path, p in found.items() if "embed" in path.split("/")[0]),
+        embedding=(4 + size) * sum(share.in_use(path, p) for path, p in found.items() if path.startswith("embed")),
         batch=4 * 5 * train.tokens_per_step / rows,
         summed=train.grad_accum > 1,
     )
@@ -259,7 +259,8 @@ def _head(share: Share) -> float:
     """The loss: float32 logits of the vocabulary's part that is in memory, and of the projection, gathered."""
     model, size = share.config.model, SIZES[share.config.model.dtype]
     logits = share.tokens * model.padded_vocab / (share.sizes["tensor"] * share.sizes["stage"])
-    projection = 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
+    whole = share.sizes["stage"] > 1 or share.config.train.gather == "step"  # then it is among what is gathered
+    projection = 0 if whole else 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
     return (4 * logits + projection) / logit_parts(share) + 2 * size * share.tokens * model.d_model
 
 
