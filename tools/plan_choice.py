@@ -24,10 +24,10 @@ from maxlm.plan.targets import target
 WITHIN = 0.05
 DENSE = {"vocab_size": 32000, "num_layers": 8, "d_model": 1024, "d_ff": 4096, "num_heads": 8}
 CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "dense": ("v5e-4", DENSE, 16, 2048),
-    "large vocabulary": ("v5e-4", {**DENSE, "vocab_size": 128_000, "num_layers": 4}, 32, 1024),
-    "few rows": ("v5e-4", {**DENSE, "d_model": 2048, "num_heads": 16, "d_ff": 8192}, 2, 4096),
-    "experts": ("v5e-4", {**DENSE, "d_ff": 2048, "num_experts": 4, "experts_per_token": 2}, 16, 1024),
+    "dense": ("v5e-4", DENSE, 16, 1024),
+    "large vocabulary": ("v5e-4", {**DENSE, "vocab_size": 128_000, "num_layers": 4}, 4, 1024),
+    "few rows": ("v5e-4", {**DENSE, "d_model": 2048, "num_heads": 16, "d_ff": 8192}, 2, 2048),
+    "experts": ("v5e-4", {**DENSE, "d_ff": 2048, "num_experts": 4, "experts_per_token": 2}, 4, 1024),
 }
 """Machine, model, sequences and tokens of each."""
 
