@@ -204,6 +204,13 @@ class Ending:
 
     def _receipt(self, step: int) -> dict[str, Any]:
         """What was measured beside what was predicted, for summary.json; also the last row of the metrics."""
+        try:
+            return self._measured(step)
+        except (OSError, ValueError) as error:  # the run itself is complete
+            self.folder.tell(f"{error}; there is no receipt")
+            return {}
+
+    def _measured(self, step: int) -> dict[str, Any]:
         loop, since = self.loop, self.plan.since_step if self.plan else 0
         step_time_s = receipt.median(receipt.step_times(read_metrics(self.folder.path), since))
         mfu = None

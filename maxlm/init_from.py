@@ -25,6 +25,10 @@ from maxlm.steps import split
 PREFIX = "params/"
 
 
+BESIDE = (".json", ".jinja", ".model", ".txt")
+"""What the files of a model that are not its tensors end in."""
+
+
 def read_parameters(
     checkpoints: Checkpoints, step: int, program: Program, tell: Callable[[str], None] | None = None
 ) -> Any:
@@ -77,8 +81,10 @@ def read_parameters(
     return map_paths(finish, state, shapes)["params"]
 
 
-def bring_files(place: str, run_dir: str, stores: Sequence[StoreConfig]) -> None:
+def bring_files(place: str, run_dir: str, stores: Sequence[StoreConfig], tell: Callable[[str], None]) -> None:
     """Copies what lies beside a converted model, such as its chat template, into a run that begins with it.
+
+    A run does not end for want of them.
 
     Not if the run's text has another tokenizer. Where that ends documents with another token than the model knows, the
     generation config says this one as well.
@@ -87,12 +93,17 @@ def bring_files(place: str, run_dir: str, stores: Sequence[StoreConfig]) -> None
         place: RUN or RUN@STEP, whose files are copied where it has any.
         run_dir: the new run.
         stores: of its text; none if it is not read from stores.
-
-    Raises:
-        OSError, ValueError: a file cannot be read or written.
+        tell: hears of a file that cannot be read or written.
     """
-    source = storage.join(split(place)[0], CONVERTED)
-    files = {name: storage.read_bytes(storage.join(source, name)) for name in storage.list_dir(source)}
+    try:
+        _bring_files(storage.join(split(place)[0], CONVERTED), run_dir, stores)
+    except (OSError, ValueError) as error:
+        tell(f"{error}; this run has no tokenizer and chat template of {place}")
+
+
+def _bring_files(source: str, run_dir: str, stores: Sequence[StoreConfig]) -> None:
+    names = [name for name in storage.list_dir(source) if name.endswith(BESIDE) and not name.endswith(".index.json")]
+    files = {name: storage.read_bytes(storage.join(source, name)) for name in names}
     if stores and files:
         text = TokenStore(stores[0].path).tokenizer_identity
         if hashlib.sha256(files.get("tokenizer.json", b"")).hexdigest() != text["sha256"]:

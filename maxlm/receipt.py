@@ -54,6 +54,7 @@ class Prediction(BaseModel):
         torus: dimensions of a slice, in devices.
         mesh: devices per logical axis.
         since_step: the first step for which it was made, of a resumed run.
+        begun: the step that the run itself began at: of a branch, that of the checkpoint it was started from.
         basis: what the time rests on.
         networks_known: whether all networks that are crossed are; if not, times are the least possible.
         step_parts_s: seconds of a step by part, of `predicted`.
@@ -65,7 +66,7 @@ class Prediction(BaseModel):
         tokens_per_s: of all devices.
         price: of a chip: usd_per_chip_hour, with provider, region, kind, date and source.
         usd_per_hour: of all chips.
-        days: of the whole run, steps alone; so is usd what these cost.
+        days: of all steps that the run does itself, and of nothing else; so is usd what these cost.
     """
 
     model_config = ConfigDict(strict=True)
@@ -80,6 +81,7 @@ class Prediction(BaseModel):
     torus: list[Annotated[int, Field(ge=1, lt=2**31)]]
     mesh: dict[str, _Count]
     since_step: _Count
+    begun: _Count = 0
     basis: str | None = None
     networks_known: bool | None = None
     step_parts_s: dict[str, _Amount | None] | None = None

@@ -73,9 +73,10 @@ class Steps:
 
 
 def split(place: str) -> tuple[str, int | None]:
-    """The run and the step of RUN or RUN@STEP."""
+    """The run and the step of RUN or RUN@STEP. A run's own name may end like that."""
     run, at, text = place.rpartition("@")
-    return (run, int(text)) if at and text.isdecimal() and len(text) <= 18 else (place, None)
+    named = at and text.isdecimal() and len(text) <= 18 and not storage.exists(storage.join(place, "checkpoints"))
+    return (run, int(text)) if named else (place, None)
 
 
 def chosen(place: str, step: int | None = None) -> tuple[Steps, list[int]]:

@@ -115,9 +115,12 @@ def train(
         program = build_program(config, mesh, token_loss)
         state, first = _first_state(program, checkpoints, before, folder.tell)
         folder.write_config(config, wanted)
-        if config.train.init_from is not None and first == 0 and folder.primary:
-            bring_files(config.train.init_from, folder.path, [] if data else config.data.stores)
-        plan = receipt.start(config, devices, sizes, folder.path, first, folder.tell) if folder.primary else None
+        plan = None
+        if folder.primary:
+            begun = None if done else first
+            plan = receipt.start(config, devices, sizes, folder.path, first, begun, folder.tell)
+            if begun is not None and (place := config.train.init_from or config.train.start_from):
+                bring_files(place, folder.path, [] if data else config.data.stores, folder.tell)
 
         # ---- loop
         age_s = ledger.age_s(time.perf_counter() - started)

@@ -100,6 +100,20 @@ def test_the_bytes_stay_as_they_are_and_others_may_have_written_them(tmp_path):
     assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")
 
 
+def test_a_scalar_has_no_shares():
+    layout = zarr.Layout.of_shares(np.dtype("float32"), (), 0, ())
+    assert layout.shape == () and layout.files(()) is None
+
+
+def test_a_run_whose_own_name_looks_like_a_step_is_that_run(tmp_path):
+    write_model(tmp_path / "hf")
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "m"))
+    shutil.copytree(tmp_path / "m", tmp_path / "m@0")
+    shutil.rmtree(tmp_path / "m" / "checkpoints")
+    to_hf(str(tmp_path / "m@0"), str(tmp_path / "back"))
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "hf")
+
+
 def init_program(folder, more, train, **mesh):
     model = yaml.safe_load((folder / "model.yaml").read_text())["model"]
     unset = {"num_kv_heads": None, "head_dim": None, "vocab_multiple": 128}

@@ -127,7 +127,7 @@ def test_a_broken_file_of_the_user_does_not_stop_a_run(tmp_path, monkeypatch):
 def test_devices_that_nobody_has_seen_do_not_stop_a_run(tmp_path):
     told, config = list[str](), load_config("configs/1b.yaml", ["mesh.fsdp=1"])
     odd = [SimpleNamespace(device_kind="odd")]
-    assert at_start.start(config, odd, axis_sizes(config.mesh, 1), str(tmp_path), 0, told.append) is None
+    assert at_start.start(config, odd, axis_sizes(config.mesh, 1), str(tmp_path), 0, 0, told.append) is None
     assert len(told) == 1 and told[0].startswith("nothing is predicted for this run")
 
 
@@ -135,7 +135,8 @@ def test_a_prediction_holds_from_where_it_was_first_made(tmp_path):
     def start(first, *overrides):
         config = load_config("configs/1b.yaml", ["mesh.fsdp=16", *overrides])
         devices = slice_of("TPU v5 lite", 4, 4, 1)
-        at_start.start(config, devices, axis_sizes(config.mesh, 16), str(tmp_path), first, pytest.fail)
+        begun = None if first else 0
+        at_start.start(config, devices, axis_sizes(config.mesh, 16), str(tmp_path), first, begun, pytest.fail)
         return receipt.read(str(tmp_path)).since_step
 
     assert start(0) == 0
@@ -143,6 +144,25 @@ def test_a_prediction_holds_from_where_it_was_first_made(tmp_path):
     assert start(60, "mesh.fsdp=4", "mesh.data=4") == 60, "another mesh: what was measured before says nothing of it"
     assert start(80, "mesh.fsdp=4", "mesh.data=4") == 60
     assert start(20, "mesh.fsdp=4", "mesh.data=4") == 20, "an older checkpoint: its steps are done again, on this mesh"
+
+
+def test_a_branch_is_predicted_for_its_own_steps(tmp_path):
+    config = load_config("configs/1b.yaml", ["mesh.fsdp=16", "train.steps=1000", "train.tokens=null"])
+    devices, sizes = slice_of("TPU v5 lite", 4, 4, 1), axis_sizes(config.mesh, 16)
+    whole = at_start.start(config, devices, sizes, str(tmp_path / "run"), 0, 0, pytest.fail)
+    branch = at_start.start(config, devices, sizes, str(tmp_path / "branch"), 900, 900, pytest.fail)
+    resumed = at_start.start(config, devices, sizes, str(tmp_path / "branch"), 950, None, pytest.fail)
+    assert branch.usd.predicted == pytest.approx(whole.usd.predicted / 10) and branch.days.low < whole.days.low / 9
+    assert branch.step_time_s == whole.step_time_s
+    assert resumed == branch, "what was predicted for it holds when it goes on"
+
+
+@pytest.mark.parametrize(("devices", "chips"), [(1, 1), (2, 1), (5, 3)])
+def test_half_a_chip_is_paid_for_as_one(devices, chips):
+    half = slice_of("TPU7x", devices, 1, 1, num_cores=1)
+    assert (
+        predicted(half, f"mesh.fsdp={devices}", f"train.batch_size={devices}", "train.grad_accum=1").num_chips == chips
+    )
 
 
 # ---- at the end

@@ -74,6 +74,12 @@ def test_a_converted_model_learns_to_answer(tmp_path, capsys):
     assert done.companions == ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
     ends = json.loads((tmp_path / "tuned" / "generation_config.json").read_text())["eos_token_id"]
     assert words.token_to_id("<|im_end|>") in ends, "what ends an answer here ends it there"
+    (tmp_path / "sft" / "hf" / "model.safetensors").write_bytes(b"tensors")
+    (tmp_path / "sft" / "hf" / "notes").mkdir()
+    again = {"steps": result.step + 1, "start_from": str(tmp_path / "sft")}
+    maxlm.train(maxlm.parse_config(config(tmp_path, "branch", tmp_path / "chats", **again)))
+    beside = {path.name for path in (tmp_path / "branch" / "hf").iterdir()}
+    assert beside == {*done.companions, "config.json"}, "a branch has them too, and no tensors"
     chat = ["generate", str(tmp_path / "sft"), "--chat", "what is 5?", "--max-tokens", "3"]
     assert main([*chat, "mesh.fsdp=4", "mesh.data=2"]) == 0, capsys.readouterr().err
     maxlm.train(maxlm.parse_config(config(tmp_path, "bytes", byte_store(tmp_path), steps=1, **start)))

@@ -43,8 +43,9 @@ class Layout(NamedTuple):
             order: dims of a share, counted from 0, as they follow one another in memory.
         """
         own = list(shape[num_layer_dims:])
-        size, first = math.prod(own) * dtype.itemsize, order[0]
-        if size > CHUNK_BYTES:
+        size = math.prod(own) * dtype.itemsize
+        if order and size > CHUNK_BYTES:
+            first = order[0]
             most = min(own[first], 4096)
             parts = (n for n in range(2, most + 1) if own[first] % n == 0 and size / n <= CHUNK_BYTES)
             own[first] //= next(parts, 1)
@@ -67,6 +68,8 @@ class Layout(NamedTuple):
     def files(self, slot: Shape) -> list[str] | None:
         """Names of the files of the share at `slot`, as they follow one another in memory; None if they do not."""
         lead = len(slot)
+        if lead >= len(self.order):
+            return None
         first = self.order[lead]
         shares = self.order[:lead] == tuple(range(lead)) and self.chunks[:lead] == (1,) * lead
         whole = all(self.chunks[dim] == self.shape[dim] for dim in self.order[lead + 1 :])

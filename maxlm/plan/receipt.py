@@ -21,7 +21,13 @@ from maxlm.receipt import Prediction, Range
 
 
 def start(
-    config: Config, devices: Sequence[Any], sizes: dict[str, int], run_dir: str, first: int, tell: Callable[[str], None]
+    config: Config,
+    devices: Sequence[Any],
+    sizes: dict[str, int],
+    run_dir: str,
+    first: int,
+    begun: int | None,
+    tell: Callable[[str], None],
 ) -> Prediction | None:
     """Predicts a run and writes it into its folder. Called by one host.
 
@@ -31,18 +37,24 @@ def start(
         sizes: of them per logical axis.
         run_dir: run folder or bucket url.
         first: the step that it starts from. What was predicted before holds from where it did, if it is the same.
+        begun: the step that a new run begins at, which of a branch is not 0; None of one that goes on.
         tell: hears what could not be done.
 
     Returns:
         The prediction; None where there is none.
     """
+    before = None
     try:
-        found = predict(config, devices, sizes, first, tell)
+        before = receipt.read(run_dir) if begun is None else None
+    except (OSError, ValueError) as error:
+        tell(f"{error}; this run is predicted anew")
+    try:
+        begun = begun or (before.begun if before else 0)
+        found = predict(config, devices, sizes, first, tell, begun)
     except Exception as error:  # of devices that nobody has seen; a run does not end for the sake of its receipt
         tell(f"nothing is predicted for this run: {type(error).__name__}: {error}")
         return None
     try:
-        before = receipt.read(run_dir)
         if before is not None and before.since_step <= first:
             same = before.model_copy(update={"since_step": first}) == found
             found = before if same else found
@@ -53,7 +65,12 @@ def start(
 
 
 def predict(
-    config: Config, devices: Sequence[Any], sizes: dict[str, int], first: int, tell: Callable[[str], None]
+    config: Config,
+    devices: Sequence[Any],
+    sizes: dict[str, int],
+    first: int,
+    tell: Callable[[str], None],
+    begun: int = 0,
 ) -> Prediction:
     """The prediction for a run on devices. Args as start's."""
     chip, known, num_chips = _hardware(devices)
@@ -69,6 +86,7 @@ def predict(
         torus=list(torus),
         mesh=sizes,
         since_step=first,
+        begun=begun,
         hbm_bytes=chip.hbm_bytes if known else None,
         price=dataclasses.asdict(price) if price else None,
         usd_per_hour=prices.cost_usd(1, num_chips, price),
@@ -90,6 +108,8 @@ def predict(
     steps = [low, time.total, high]
     whole = factors.chip_of(chip.name, 1.0)[0]
     runs = [{"step_time_s": s, **totals(config, whole, num_chips, s, Terms(price))} for s in steps]
+    own = 1 - begun / config.train.num_steps  # a branch pays for its own steps
+    runs = [{k: x and x * own if k in ("days", "usd") else x for k, x in run.items()} for run in runs]
     has_peak = known and chip.peak(config.model.dtype) is not None
     names = ("step_time_s", "tokens_per_s", "days", "usd", *(("mfu",) if has_peak else ()))
     ranges = {name: _range([run[name] for run in runs]) for name in names}
@@ -110,7 +130,7 @@ def _hardware(devices: Sequence[Any]) -> tuple[Chip, bool, int]:
     """What one device can do, whether that is known, and how many chips, or hosts without any, are paid for."""
     chip, first = detect(devices[0]), devices[0]
     if chip is not None:
-        return chip, True, round(len(devices) * chip.share)
+        return chip, True, math.ceil(len(devices) * chip.share)
     if first.platform != "cpu":
         return factors.chip_of(first.device_kind, 1.0)[0], False, len(devices)
     together = sum(device.process_index == first.process_index for device in devices)  # they share a host's cores

@@ -220,7 +220,7 @@ def _sent(share: Share) -> dict[str, dict[str, float]]:
     once = train.gather == "step" or stages > 1
     gathers = (1 if once else micro) * size * ((2 if once or train.remat == "none" else 3) * layers + 2 * rest)
     sums = 4 + (again(config, sizes) > 0)
-    visits = stream * (model.experts_per_token or 0)
+    visits = stream * (model.experts_per_token or 0) * model.num_expert_layers / model.num_layers
     sent: dict[str, dict[str, float]] = {
         "data": {"reduce": 4 * resting},
         "slice": {"reduce": 4 * resting},
