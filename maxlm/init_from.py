@@ -23,8 +23,6 @@ from maxlm.step import Program
 from maxlm.steps import split
 
 PREFIX = "params/"
-
-
 BESIDE = (".json", ".jinja", ".model", ".txt")
 """What the files of a model that are not its tensors end in."""
 
@@ -84,10 +82,8 @@ def read_parameters(
 def bring_files(place: str, run_dir: str, stores: Sequence[StoreConfig], tell: Callable[[str], None]) -> None:
     """Copies what lies beside a converted model, such as its chat template, into a run that begins with it.
 
-    A run does not end for want of them.
-
-    Not if the run's text has another tokenizer. Where that ends documents with another token than the model knows, the
-    generation config says this one as well.
+    Not if the run's text has another tokenizer; and a run does not end for want of them. Where its text ends documents
+    with another token than the model knows, the generation config says this one as well.
 
     Args:
         place: RUN or RUN@STEP, whose files are copied where it has any.

@@ -111,6 +111,17 @@ class Share:
         return self.repeats * len(model.main_pattern) + model.num_lead_layers / self.sizes["stage"]
 
     @property
+    def gathers_once(self) -> bool:
+        """Whether weights are whole over fsdp for all of a step, and not while their layer is at work."""
+        return self.sizes["stage"] > 1 or self.config.train.gather == "step"
+
+    @property
+    def spread(self) -> float:
+        """Rows that routed experts have room for, over those of a device's own tokens: the worst case, or capacity."""
+        expert = self.sizes["expert"] if self.config.model.num_experts else 1
+        return min(expert, self.config.mesh.capacity_factor or expert)
+
+    @property
     def kv_split(self) -> int:
         """Devices over which key/value heads are split: none where they are too few."""
         tensor = self.sizes["tensor"]
@@ -153,7 +164,7 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
     moments = MOMENTS[optim.name] * SIZES[optim.state_dtype] * resting
     if optim.name == "muon":  # embeddings and the like have Adam's two
         moments += SIZES[optim.state_dtype] * sum(share.resting(k, p) for k, p in found.items() if "layers/" not in k)
-    whole = sizes["stage"] > 1 or train.gather == "step"
+    whole = share.gathers_once
     gathered = size * in_use if whole else _gathered_layers(share) if _keeps_gathered(share) else 0
     at_rest = sum(share.resting(path, p) for path, p in found.items() if "layers/" in path)
     kept = SIZES[train.grad_dtype] if sizes["stage"] == 1 else 4
@@ -197,9 +208,8 @@ def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
 
 
 def routed_rows(share: Share) -> float:
-    """Rows of a microbatch that routed experts have room for: for the worst case, or the capacity."""
-    spread = min(share.sizes["expert"], share.config.mesh.capacity_factor or share.sizes["expert"])
-    return share.tokens * (share.config.model.experts_per_token or 0) * spread
+    """Rows of a microbatch that routed experts have room for."""
+    return share.tokens * (share.config.model.experts_per_token or 0) * share.spread
 
 
 def stacked_bytes(share: Share) -> float:
@@ -211,7 +221,7 @@ def stacked_bytes(share: Share) -> float:
 
 def _keeps_gathered(share: Share) -> bool:
     """Whether a layer's gathered weights are kept for the backward pass, as all that it computes is."""
-    return share.config.train.remat == "none" and share.sizes["fsdp"] > 1 and share.sizes["stage"] == 1
+    return share.config.train.remat == "none" and share.sizes["fsdp"] > 1 and not share.gathers_once
 
 
 def _gathered_layers(share: Share) -> float:
@@ -246,10 +256,9 @@ def _layer(share: Share) -> float:
     config, model = share.config, share.config.model
     tensor, size, count = share.sizes["tensor"], SIZES[model.dtype], len(model.main_pattern)
     Q, F = model.num_heads * max(LANES, model.head_size) / tensor, _mlp_width(config) / tensor
-    spread = routed_rows(share) / share.tokens / (model.experts_per_token or 1) or 1
-    width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * spread
-    if model.num_experts and spread > 1:
-        width += 2 * (model.experts_per_token or 0) * model.d_model * spread
+    width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * share.spread
+    if share.spread > 1:
+        width += 2 * (model.experts_per_token or 0) * model.d_model * share.spread
     found = {path: p for path, p in parameters(model).items() if path.startswith("layers/")}
     weights = sum(share.in_use(path, p) for path, p in found.items()) / share.repeats
     return size * (share.tokens * width * count + (0 if share.sizes["stage"] > 1 else 2 * weights))
@@ -259,8 +268,8 @@ def _head(share: Share) -> float:
     """The loss: float32 logits of the vocabulary's part that is in memory, and of the projection, gathered."""
     model, size = share.config.model, SIZES[share.config.model.dtype]
     logits = share.tokens * model.padded_vocab / (share.sizes["tensor"] * share.sizes["stage"])
-    whole = share.sizes["stage"] > 1 or share.config.train.gather == "step"  # then it is among what is gathered
-    projection = 0 if whole else 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
+    projection = 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
+    projection *= not share.gathers_once  # then it is among what is gathered
     return (4 * logits + projection) / logit_parts(share) + 2 * size * share.tokens * model.d_model
 
 

@@ -168,7 +168,7 @@ def _attention(config: Config, sizes: Mapping[str, int], chip: Chip) -> float:
 
 def _layer_memory(share: Share, chip: Chip) -> float:
     model = share.config.model
-    heads = model.num_heads * model.head_size * max(1.0, LANES / model.head_size) / share.sizes["tensor"]
+    heads = model.num_heads * max(LANES, model.head_size) / share.sizes["tensor"]
     forwards = 1 if share.config.train.remat == "none" and share.sizes["stage"] == 1 else 2
     costs = (BYTES_PER_D, BYTES_PER_Q, CYCLES_PER_Q, CYCLES_PER_HOP)
     d, q, cycles, hop = (forwards * forward + backward for forward, backward in costs)
@@ -193,7 +193,7 @@ def _memory(share: Share, chip: Chip) -> float:
     config, found = share.config, parameters(share.config.model)
     resting, micro = sum(share.resting(path, p) for path, p in found.items()), config.train.grad_accum
     moments, kept = 2 * MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype], SIZES[config.train.grad_dtype]
-    once = config.train.gather == "step" or share.sizes["stage"] > 1
+    once = share.gathers_once
     update = resting * (2 * 4 + moments + 3 * kept)
     casts = resting * 6 * 2 * (1 if once else micro)
     sums = resting * 3 * kept * (micro - 1)
@@ -217,7 +217,7 @@ def _sent(share: Share) -> dict[str, dict[str, float]]:
     rest = sum(share.in_use(path, p) for path, p in found.items() if "layers/" not in path)
     resting = sum(share.resting(path, p) for path, p in found.items())
     experts = sum(share.resting(path, p) for path, p in found.items() if "E" in p.dims)
-    once = train.gather == "step" or stages > 1
+    once = share.gathers_once
     gathers = (1 if once else micro) * size * ((2 if once or train.remat == "none" else 3) * layers + 2 * rest)
     sums = 4 + (again(config, sizes) > 0)
     visits = stream * (model.experts_per_token or 0) * model.num_expert_layers / model.num_layers
