@@ -221,7 +221,7 @@ class Ending:
             "step_time_s": step_time_s,
             "hbm_peak_bytes": hbm_peak_bytes(loop.program.mesh.local_devices),
             "mfu": mfu,
-            "usd": loop.ledger.goodput().usd,
+            "usd": loop.ledger.usd,
         }
         record = receipt.compare(self.plan, measured)
         if loop.metrics and record:

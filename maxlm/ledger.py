@@ -109,6 +109,12 @@ class Ledger:
         self._settle()
         return summarize([*self._before, self._start])
 
+    @property
+    def usd(self) -> float | None:
+        """What the run has cost until now; None where no start knew a price, which is told without summing up."""
+        known = any(start.usd_per_hour is not None for start in (*self._before, self._start))
+        return self.goodput().usd if known else None
+
     def write(self) -> None:
         """Brings goodput.json up to date."""
         self._settle()

@@ -230,7 +230,7 @@ class Loop:
         if self.metrics and (_due(step, self.config.log.every) or step == self.config.train.num_steps or skipped):
             self.metrics.train(step, values)
         shown = {name: x for name, x in values.items() if "/" not in name and name != "skipped"}
-        self.progress.update(step, **shown, usd=self.ledger.goodput().usd)
+        self.progress.update(step, **shown, usd=self.ledger.usd)
         self._agreement.begun, self.step = True, step
         self.enter(STEP, step)
         if not skipped:
