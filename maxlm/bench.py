@@ -1,6 +1,5 @@
 """What a run's train step costs, without its data: measured on the devices at hand, or compiled for a TPU slice."""
 
-import collections
 import contextlib
 import re
 import statistics
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from maxlm import buffers, flops, hlo, hosts, units
-from maxlm.buffers import Buffer
+from maxlm.buffer_parts import by_part
 from maxlm.config import Config
 from maxlm.cost import cost_of, top_operations, words
 from maxlm.ending import bytes_per_device, hbm_peak_bytes
@@ -47,8 +46,7 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
 
     Returns:
         JSON: of cost.cost_of, with compile_s, tokens_per_s_per_device, mfu (both by estimated cycles), places,
-        arguments (their bytes by part) and buffers: what lies in memory beside them when that is most (buffers.py),
-        as dicts of place, array, count and bytes (of all); buffers_by_part and buffers_bytes are sums of all of them.
+        arguments (their bytes by part), and buffer_parts.by_part of what lies beside them when that is most.
 
     Raises:
         ConfigError: the config does not fit the slice, or the TPU compiler is missing.
@@ -72,26 +70,8 @@ def bench_compiled(config: Config, topology: str, top: int, hlo_file: str | None
         **result,
         "places": top_operations(priced, top),
         "arguments": arguments,
-        **_at_work(buffers.at_peak(text), top),
+        **by_part(buffers.at_peak(text), program, top),
     }
-
-
-def _at_work(found: list[Buffer], top: int) -> dict[str, Any]:
-    """Buffers by part of the model, and the largest; those of one shape and place together."""
-    parts, together = collections.Counter[str](), dict[tuple[str, str], list[int]]()
-    for buffer in found:
-        place = words(buffer.source).strip() or "other"
-        part = "other" if place.startswith("(") else place.partition(" ")[0]
-        if part.startswith(("dynamic_update", "broadcast_in_dim")):  # a loop over layers only copies into it
-            place = part = "gradients of layers" if "(backward)" in place else "kept by layers"
-        parts[part] += buffer.bytes
-        together.setdefault((place, buffer.array), []).append(buffer.bytes)
-    rows = [
-        {"place": place, "array": array, "count": len(sizes), "bytes": sum(sizes)}
-        for (place, array), sizes in together.items()
-    ]
-    largest = sorted(rows, key=lambda row: -row["bytes"])[:top]
-    return {"buffers": largest, "buffers_by_part": dict(parts.most_common()), "buffers_bytes": parts.total()}
 
 
 def bench_measured(config: Config, warmup: int, steps: int, profile: str | None, top: int) -> dict[str, Any]:

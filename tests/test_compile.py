@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from helpers import program_on, small_config
 
 from maxlm.bench import without_room
-from maxlm.buffers import at_peak
+from maxlm.buffer_parts import by_part
+from maxlm.buffers import Buffer, at_peak
 from maxlm.cli import main
 from maxlm.hardware import detect
 from maxlm.plan.targets import target
@@ -74,6 +76,25 @@ def test_buffers_at_the_peak_are_those_that_are_there_together():
     assert (late[0].array, late[0].bytes) == ("bf16[3000,100]", 3000 * 128 * 2), "rows of 128 are whole tiles"
     with pytest.raises(ValueError, match="not the text of a compiled program"):
         at_peak("no program")
+
+
+def test_what_buffers_are_for_is_told_by_their_shapes():
+    program = program_on(small_config(train={"grad_accum": 2}), fsdp=2, tensor=2)  # rows of a device: 2, of 12 tokens
+    given = {
+        "gradients": ["f32[3,10,14]", "f32[3,14,10]", "f32[20,14]", "f32[3,10,3,10]"],  # resting; turned; whole; Q
+        "gathered": ["bf16[1,20,14]", "bf16[3,20,3,10]"],
+        "activations": ["bf16[3,2,12,20]", "f32[3,2,3,12]", "bf16[3,1,2,12,14]"],
+        "mlp": ["bf16[2,12,14]", "bf16[2,2,12,14]", "f32[14]", "f32[3,2,11,20]"],
+    }
+    source = "jit(_step)/jvp()/while/body/mlp/BTD,DF->BTF/dot_general"
+    found = [Buffer(array, 8, source, 0, 1) for arrays in given.values() for array in arrays]
+    result = by_part(found, program, top=2)
+    assert result["buffers_by_part"] == {part: 8 * len(arrays) for part, arrays in given.items()}
+    assert result["buffers_bytes"] == 8 * len(found) and len(result["buffers"]) == 2
+    backward = Buffer("bf16[20,14]", 8, source.replace("jvp()", "transpose(jvp())"), 0, 1)
+    assert by_part([backward], program, 1)["buffers_by_part"] == {"gradients": 8}
+    copied = Buffer("bf16[7,5]", 8, "jit(_step)/jvp()/while/body/dynamic_update_slice", 0, 1)
+    assert by_part([copied], program, 1)["buffers_by_part"] == {"activations": 8}, "such as a pipeline's"
 
 
 @pytest.mark.tpu
