@@ -50,9 +50,14 @@ class QuantConfig(Section):
         return self
 
     @property
+    def kinds(self) -> list[str]:
+        """Types that products are quantized to, if any."""
+        return sorted({self.mode, *self.rules.values()} - {"none", "bf16"})
+
+    @property
     def used(self) -> bool:
         """Whether any product may be quantized."""
-        return self.mode != "none" or any(kind != "bf16" for kind in self.rules.values())
+        return bool(self.kinds)
 
     @property
     def stochastic(self) -> bool:

@@ -26,6 +26,8 @@ from maxlm.sample import sample
 from maxlm.step import Program, State
 
 SAMPLE_TEMPERATURE = 0.8
+OF_THE_END = ("final", "baselines", "receipt", "predicted_by", "prompt", "sample")
+"""What summary.json has of a run that is complete."""
 
 
 def facts(program: Program, sizes: dict[str, int]) -> dict[str, Any]:
@@ -96,9 +98,7 @@ def show(
 
 
 def _products(config: Config) -> str:
-    quant = config.quant
-    kinds = sorted({quant.mode, *quant.rules.values()} - {"none", "bf16"})
-    return f", products in {' and '.join(kinds)}" if kinds else ""
+    return f", products in {' and '.join(config.quant.kinds)}" if config.quant.used else ""
 
 
 def _missing_heldout(source: DataSource, seq_len: int) -> str | None:
@@ -144,10 +144,14 @@ class Ending:
         return self._wall_before_s + time.perf_counter() - self.started
 
     def write(self, step: int, status: str, **more: Any) -> None:
-        """Replaces summary.json: facts, status ("running", "stopped", "diverged", "failed", "complete") and more."""
+        """Replaces summary.json: facts, status ("running", "stopped", "diverged", "failed", "complete") and more.
+
+        What the end of a run says goes when it is extended.
+        """
+        before = {name: value for name, value in self.folder.read_summary().items() if name not in OF_THE_END}
         self.folder.write_summary(
             {
-                **self.folder.read_summary(),
+                **before,
                 **self.facts,
                 "status": status,
                 "step": step,
@@ -219,7 +223,7 @@ class Ending:
             mfu = flops.mfu(rate, self.facts["flops_per_token"], peak)
         measured = {
             "step_time_s": step_time_s,
-            "hbm_peak_bytes": hbm_peak_bytes(loop.program.mesh.local_devices),
+            "hbm_peak_bytes": hbm_peak_bytes(loop.program.mesh.local_devices) if loop.last else None,
             "mfu": mfu,
             "usd": loop.ledger.usd,
         }

@@ -47,7 +47,7 @@ class Prediction(BaseModel):
 
     Attributes:
         machine: what was found, as people call it.
-        hardware: name of its chips, by which calibration knows them; so is dtype that of their products.
+        hardware: name of its chips, by which calibration knows them; so is dtype the type of the products.
         share: of a chip, or of a host's cores, that a device is.
         num_chips: that are paid for; hosts, where there are only CPUs.
         num_slices: joined by the data-centre network.

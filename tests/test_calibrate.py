@@ -167,11 +167,42 @@ def test_plans_use_what_runs_have_taught_and_say_so(kept, tmp_path, capsys):
 
 
 def test_runs_of_different_types_teach_their_own(kept, tmp_path, capsys):
-    both = [run_folder(tmp_path / "a", 1.3), run_folder(tmp_path / "b", 2.0, "model.dtype=float32", dtype="float32")]
-    assert main(["plan", "--calibrate", *both]) == 0
+    runs = [run_folder(tmp_path / "a", 1.3), run_folder(tmp_path / "b", 2.0, "model.dtype=float32")]
+    runs.append(run_folder(tmp_path / "c", 1.6, "quant.mode=int8"))
+    assert main(["plan", "--calibrate", *runs]) == 0
     known = factors.read()["TPU v5e"]
-    assert (known["bfloat16"].products, known["float32"].products) == (pytest.approx(1.3), pytest.approx(2.0))
+    fitted = {name: known[name].products for name in ("bfloat16", "float32", "int8")}
+    assert fitted == {"bfloat16": pytest.approx(1.3), "float32": pytest.approx(2.0), "int8": pytest.approx(1.6)}
     assert "TPU v5e, float32: products 2" in capsys.readouterr().out
+
+
+def test_of_int8_products_that_no_run_has_taught_those_of_bfloat16_are_taken(kept, tmp_path, capsys):
+    arguments = ["plan", "configs/1b.yaml", "quant.mode=int8", "--on", "v5e-16", "--compile", "0", "--top=1", "--json"]
+    main(arguments)
+    before = json.loads(capsys.readouterr().out)["plans"][0]
+    main(["plan", "--calibrate", run_folder(tmp_path / "a", 1.3)])
+    capsys.readouterr()
+    main(arguments)
+    found = json.loads(capsys.readouterr().out)
+    ratio = sum(found["plans"][0]["step_parts_s"].values()) / sum(before["step_parts_s"].values())
+    assert ratio == pytest.approx(1.3)
+    (note,) = [note for note in found["notes"] if "fitted to 1 run" in note]
+    assert note.startswith("TPU v5e, int8: by formulas") and note.endswith(", of bfloat16 products")
+
+
+@pytest.mark.parametrize(
+    ("machine", "setting", "noted"),
+    [
+        ("h100:8", "quant.mode=fp8", "H100: fp8 products are taken for bfloat16 ones"),
+        ("h100:8", "model.dtype=float32", "H100: float32 products are taken for bfloat16 ones"),
+        ("h100:8", "quant.mode=none", None),
+        ("v5e-16", "model.dtype=float32", None),
+    ],
+)
+def test_products_without_a_rate_are_told_of(kept, capsys, machine, setting, noted):
+    assert main(["plan", "configs/1b.yaml", setting, "--on", machine, "--compile=0", "--top=1"]) == 0
+    out = capsys.readouterr().out
+    assert noted in out if noted else "are taken for" not in out
 
 
 @pytest.mark.parametrize(

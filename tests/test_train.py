@@ -128,10 +128,14 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(tmp_path, store, capsys
     said = capsys.readouterr().out
     assert "is complete: 2 steps" in said
     assert "train.steps=4" in said
+    longer = config(tmp_path, store, train={"steps": 4})
+    assert maxlm.train(longer, callbacks=[lambda step, _: step == 3]).status == "stopped"
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert not summary.keys() & {"final", "receipt", "sample"}, "what the end after two steps said is no longer so"
     assert main(["train", str(path), "train.steps=4"]) == 0
     assert sorted(rows(cfg)) == [1, 2, 3, 4]
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
-    assert summary["status"] == "complete"
+    assert summary["status"] == "complete" and summary["final"] and summary["receipt"]
     assert summary["baselines"]["trigram"] < summary["baselines"]["unigram"]
     for name in ("report.html", "loss.png", "config.yaml", "train.log"):
         assert (tmp_path / "r" / name).stat().st_size > 0

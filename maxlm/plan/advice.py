@@ -6,6 +6,7 @@ from maxlm.config import AXES, Config
 from maxlm.config_file import ConfigError
 from maxlm.machines import GPUS_PER_NODE, name_of
 from maxlm.mesh import axis_sizes
+from maxlm.plan.factors import products_type
 from maxlm.plan.memory import Memory, predict_memory
 from maxlm.plan.search import NUMERICS, ROOM, WORTH, Place, Plan, search, variants
 from maxlm.plan.targets import Target, target
@@ -30,6 +31,16 @@ def gains(config: Config, place: Place, best: Plan, numerics: Collection[str]) -
     """
     found = {setting: plan.time.rank / best.time.rank for setting, plan in _changed(config, place, numerics) if plan}
     return {setting: 1 - share for setting, share in found.items() if share * WORTH <= 1}
+
+
+def caveats(config: Config, where: Target) -> list[str]:
+    """What is to be said of the formulas on a machine: which runs they were fitted to, and products without a rate."""
+    chip, asked, known = where.place.chip.name, products_type(config), where.place.factors
+    fitted, dtype = where.place.taught(config), config.model.dtype
+    if fitted is not None:
+        return [f"{chip}, {asked}: by {fitted.basis}" + ("" if asked in known else f", of {dtype} products")]
+    unknown = {"fp8", *({"float32"} if where.machine.tpu is None else ())} & {*config.quant.kinds, dtype}
+    return [f"{chip}: {kind} products are taken for bfloat16 ones; their rate is unknown" for kind in sorted(unknown)]
 
 
 def misfit(config: Config, where: Target, least: Plan, numerics: Collection[str]) -> str:

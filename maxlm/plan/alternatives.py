@@ -82,7 +82,7 @@ def priced(config: Config, found: Sequence[Alternative], where: Target, terms: T
             rows.append(Priced(way, None, None, ()))
             continue
         stretch = way.flops_per_token / train_flops_per_token(way.model, train.seq_len)
-        taught = where.place.factors.get(config.model.dtype)
+        taught = where.place.taught(changed)
         ends = step_range(best.time.total, best.time, where.machine.kind, False, taught.spread if taught else None)
         low, high = (totals(best.config, where.whole_chip, where.num_chips, s * stretch, terms) for s in ends)
         rows.append(Priced(way, low, high, best.overrides))

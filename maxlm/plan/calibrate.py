@@ -28,7 +28,7 @@ from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
 from maxlm.metrics import read_metrics
 from maxlm.plan import factors
-from maxlm.plan.factors import Factors, chip_of, predict, visits
+from maxlm.plan.factors import SPREAD, Factors, chip_of, predict, products_type, visits
 from maxlm.plan.step_time import StepTime
 from maxlm.plan.table import aligned
 
@@ -37,8 +37,8 @@ RIDGE = 0.01
 """Square of a run's relative error, about 0.1, over that of a part's factor, about 1."""
 OVERHEAD_S = 1e-4
 """What overhead is counted in: of a layer and microbatch, its factor may well be 1 and may well be 0."""
-SPREAD, LEAST_SPREAD = 0.25, 0.05
-"""How far a prediction may be off, relatively: where too few runs tell, and at least."""
+LEAST_SPREAD = 0.05
+"""How far a prediction may be off, relatively, at least."""
 TO_LEAVE_ONE_OUT = 3
 """Runs, at least, of which each is predicted from the others."""
 LEAST_STEPS = 3
@@ -52,7 +52,7 @@ class Measured:
     Attributes:
         name: its folder.
         hardware: what it ran on, see chip_of.
-        dtype: of its products, config.model.dtype.
+        dtype: of its products, see products_type.
         work: seconds by the formulas, by PARTS; of the overhead, layers and microbatches in OVERHEAD_S.
         step_time_s: measured.
     """
@@ -111,7 +111,7 @@ def measured(run_dir: str) -> Measured:
     if not time.known:
         raise ConfigError(f"{run_dir} crosses a network of unknown speed, which would count as nothing: leave it out")
     work = work_of(time, config, sizes, chip)
-    return Measured(run_dir, plan.hardware, plan.dtype, work, statistics.median(steps))
+    return Measured(run_dir, plan.hardware, products_type(config), work, statistics.median(steps))
 
 
 def work_of(time: StepTime, config: Config, sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:

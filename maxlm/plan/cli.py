@@ -106,7 +106,7 @@ def _plan(args: argparse.Namespace) -> int:
     from maxlm.plan import alternatives, planner, scaling_cli, table
     from maxlm.report.data import plain
 
-    asked, notes = _asked(args, config.model.dtype)
+    asked, notes = _asked(args, config)
     found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
     rows = planner.ordered(planner.nearest(found.rows, deadline_s, None if args.scaling else budget))
     notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
@@ -145,9 +145,9 @@ def _bought(runs: list[str], budget_usd: float | None, config: Any, row: Any) ->
     return {"buys": text, **scaling_report(runs, bought)}
 
 
-def _asked(args: argparse.Namespace, dtype: str) -> tuple[list[Any], list[str]]:
+def _asked(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[str]]:
     """Each machine with what it costs (Target, Terms), and what is to be said of its price and its calibration."""
-    from maxlm.plan import factors, prices
+    from maxlm.plan import advice, factors, prices
     from maxlm.plan.money import Terms
     from maxlm.plan.targets import target, taught
 
@@ -158,8 +158,7 @@ def _asked(args: argparse.Namespace, dtype: str) -> tuple[list[Any], list[str]]:
     for where in (taught(target(name), known) for name in dict.fromkeys(args.on)):
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
         notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
-        if fitted := where.place.factors.get(dtype):
-            notes[f"{where.machine.chip}, {dtype}: by {fitted.basis}"] = None
+        notes |= dict.fromkeys(advice.caveats(config, where))
         if price is not None and (old := prices.stale(price, datetime.date.today())):
             notes[old] = None
         asked.append((where, Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)))

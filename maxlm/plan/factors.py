@@ -21,6 +21,8 @@ from maxlm.plan.memory import MOMENTS, SIZES, Share, kept_per_repeat
 from maxlm.plan.step_time import StepTime, again, predict_step_time
 
 FILE_VARIABLE = "MAXLM_CALIBRATION"
+SPREAD = 0.25
+"""How far a prediction may be off, relatively, where too few runs tell."""
 
 _Factor = Annotated[float, Field(ge=0, le=1e12)]
 
@@ -69,6 +71,27 @@ class Factors(BaseModel):
         )
         longer = (fitted.products + fitted.attention + fitted.memory) / core if core else 1.0
         return dataclasses.replace(fitted, bubble=longer * time.bubble)
+
+
+def products_type(config: Config) -> str:
+    """Type of a run's products, by which factors are kept: int8, fp8, or the compute dtype."""
+    return " and ".join(config.quant.kinds) or config.model.dtype
+
+
+def of_run(known: Mapping[str, Factors], config: Config, others_do: bool) -> Factors | None:
+    """What runs have taught of a chip for a run.
+
+    Args:
+        known: by type of the products.
+        config: the run.
+        others_do: of quantized products that no run has taught those of the compute dtype are taken, with a range that
+            is no closer than that of too few runs: the formulas know how the types' products differ.
+    """
+    own = known.get(products_type(config))
+    if own is not None or not others_do or config.model.dtype not in known:
+        return own
+    other = known[config.model.dtype]
+    return other.model_copy(update={"spread": max(SPREAD, other.spread)})
 
 
 _FILE = TypeAdapter(dict[str, dict[str, Factors]])

@@ -130,7 +130,7 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         stages = plan.sizes["stage"]
         idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
         step_s = priced + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
-    taught = None if priced else where.place.factors.get(plan.config.model.dtype)
+    taught = None if priced else where.place.taught(plan.config)
     ends = step_range(step_s, plan.time, where.machine.kind, bool(priced), taught.spread if taught else None)
     low, high = (totals(plan.config, where.whole_chip, where.num_chips, seconds, terms) for seconds in ends)
     num_runs, hbm_bytes = taught.num_runs if taught is not None else 0, where.place.chip.hbm_bytes

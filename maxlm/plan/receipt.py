@@ -78,7 +78,7 @@ def predict(
     found = Prediction(
         machine=_machine(chip, num_chips, sizes["slice"], torus),
         hardware=chip.name,
-        dtype=config.model.dtype,
+        dtype=factors.products_type(config),
         share=chip.share,
         num_devices=len(devices),
         num_chips=num_chips,
@@ -95,7 +95,7 @@ def predict(
         return found
     memory = predict_memory(config, sizes)
     found = found.model_copy(update={"memory_bytes": memory.parts(), "hbm_peak_bytes": memory.peak})
-    fitted = _factors(chip.name, config.model.dtype, tell)
+    fitted = _factors(chip.name, config, known, tell)
     if fitted is None and not known:
         basis = f"nothing yet: maxlm plan --calibrate RUN teaches what {chip.name} can do"
         return found.model_copy(update={"basis": basis})
@@ -175,9 +175,9 @@ def _price(name: str, tell: Callable[[str], None]) -> Price | None:
         return None
 
 
-def _factors(name: str, dtype: str, tell: Callable[[str], None]) -> factors.Factors | None:
+def _factors(name: str, config: Config, known: bool, tell: Callable[[str], None]) -> factors.Factors | None:
     try:
-        return factors.read().get(name, {}).get(dtype)
+        return factors.of_run(factors.read().get(name, {}), config, others_do=known)
     except (OSError, ValueError) as error:
         tell(f"{error}; this run is predicted without it")
         return None

@@ -13,7 +13,7 @@ from maxlm.config import AXES, Config
 from maxlm.config_file import ConfigError, parse_config
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
-from maxlm.plan.factors import Factors
+from maxlm.plan.factors import Factors, of_run
 from maxlm.plan.memory import REPLICAS, Memory, predict_memory
 from maxlm.plan.step_time import INT8, StepTime, predict_step_time
 
@@ -66,8 +66,12 @@ class Place:
     def step_time(self, config: Config, sizes: Mapping[str, int]) -> StepTime:
         """Predicts a step: by the formulas, and by what runs have taught. Args as predict_step_time's."""
         time = predict_step_time(config, sizes, self.chip, self.torus)
-        taught = self.factors.get(config.model.dtype)
+        taught = self.taught(config)
         return time if taught is None else taught.applied(time, config, sizes, self.chip)
+
+    def taught(self, config: Config) -> Factors | None:
+        """What runs have taught of the chip, for a run."""
+        return of_run(self.factors, config, others_do=True)
 
     def fits(self, memory: Memory) -> bool:
         """Whether a device has room for it."""
