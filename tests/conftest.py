@@ -6,6 +6,7 @@ Everything up to the fixtures has to happen before jax makes its first array.
 import importlib.metadata
 import importlib.util
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test that wants the cache turns it on for itself
@@ -28,6 +29,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 ).strip()
+
+# In the background of a script SIGINT is ignored, and would be in programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

@@ -96,6 +96,9 @@ FITTED = {
     "moe-expert": Case("v5e-16", MOE, 32, 2048, ("mesh.expert=4",)),
     "moe-expert-v5p": Case("v5p-16", FINE_MOE, 32, 4096, ("mesh.expert=4",)),
     "1b-v6e": Case("v6e-4", LLAMA_1B, 16, 4096),
+    "1b-dots-v6e": Case("v6e-4", LLAMA_1B, 16, 4096, ("train.remat=dots",)),
+    "1b-v4": Case("v4-32", LLAMA_1B, 32, 4096),
+    "1b-dots-v4": Case("v4-32", LLAMA_1B, 32, 4096, ("train.remat=dots",)),
     "7b-v5p": Case("v5p-16", LLAMA2_7B, 32, 4096),
 }
 """The programs that the formulas' constants were read from."""
