@@ -45,7 +45,8 @@ def judge(name: str) -> dict[str, Any]:
     order = list(dict.fromkeys(tuple(plan.sizes.values()) for plan in search(config, where.place)))
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     found = plan_machines(config, [(where, Terms(None))], len(order), len(order), say)
-    steps = {tuple(row.plan.sizes.values()): sum(row.step_s) / 2 for row in found.rows if row.compiled is not None}
+    compiled = {tuple(row.plan.sizes.values()): row for row in found.rows if row.compiled is not None}
+    steps = {mesh: sum(row.step_s) / 2 for mesh, row in compiled.items()}
     meshes = [mesh for mesh in order if mesh in steps]
     picked = min(meshes[:COMPILED], key=steps.__getitem__)
     best = min(steps, key=steps.__getitem__)
@@ -53,6 +54,7 @@ def judge(name: str) -> dict[str, Any]:
     named = lambda mesh: " ".join(f"{k}={n}" for k, n in zip(axes, mesh, strict=True) if n > 1)  # noqa: E731
     row: dict[str, Any] = {"case": name, "meshes": len(steps), "picked": named(picked), "best": named(best)}
     row |= {"by_formulas": named(meshes[0]), "formulas_over_best": steps[meshes[0]] / steps[best]}
+    row["ratios"] = {named(mesh): compiled[mesh].plan.time.total / steps[mesh] for mesh in meshes}
     return {**row, "picked_over_best": steps[picked] / steps[best]}
 
 
