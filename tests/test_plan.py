@@ -9,13 +9,15 @@ import pytest
 from maxlm import hardware
 from maxlm.cli import main
 from maxlm.config_file import ConfigError, load_config, parse_config
+from maxlm.config_lora import LoraConfig
 from maxlm.mesh import axis_sizes, check_fit, make_mesh
-from maxlm.parameters import parameters
+from maxlm.parameters import num_adapters, parameters
 from maxlm.plan.compile import Compiled
 from maxlm.plan.memory import Share, predict_memory
+from maxlm.plan.money import flops_per_token
 from maxlm.plan.ranges import step_range
 from maxlm.plan.search import Place, search
-from maxlm.plan.step_time import STAND_IN, StepTime, axis_seconds, predict_step_time
+from maxlm.plan.step_time import STAND_IN, StepTime, axis_seconds, predict_step_time, sent_bytes
 from maxlm.plan.targets import target
 from maxlm.step import build_program
 
@@ -60,6 +62,61 @@ def test_weights_and_optimizer_are_what_a_device_holds_of_the_state(overrides, m
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for _, x in leaves if x.ndim)
     memory = predict_memory(config, axis_sizes(config.mesh, 8))
     assert memory.weights + memory.optimizer == pytest.approx(held, rel=0.002)
+
+
+LORA = ["train.init_from=r", "lora.base_dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model"),
+    [
+        (["mesh.fsdp=8"], {}),
+        (["mesh.fsdp=2", "mesh.tensor=4", "optim.name=lion", "lora.base_dtype=float32"], {"tie_embeddings": True}),
+        (["mesh.fsdp=2", "mesh.data=4", "optim.state_over_data=true", "optim.ema=0.99"], {}),
+        (
+            ["mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2", "lora.targets=['attention.[qv]', 'moe.shared.*']"],
+            {"num_experts": 8, "experts_per_token": 2, "num_dense_layers": 1, "num_shared_experts": 1},
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_run_of_adapters_is_given_is_what_a_device_holds_of_it(overrides, model):
+    import jax
+
+    config = small(*LORA, "lora.rank=128", *overrides, **{"d_model": 1024, "d_ff": 1024, **model})
+    program = build_program(config, make_mesh(config.mesh, jax.devices()[:8]))
+    leaves = [x for x in jax.tree.leaves((program.state_shapes, program.batch_shapes)) if x.ndim]
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    memory = predict_memory(config, axis_sizes(config.mesh, 8))
+    assert memory.arguments == pytest.approx(held, rel=0.002)
+    assert num_adapters(config.model, config.lora) == program.num_adapters
+    assert flops_per_token(config) == program.flops_per_token
+
+
+def test_adapters_cost_less_than_all_weights_and_why():
+    def at(*overrides):
+        config = load_config("configs/1b.yaml", ["mesh.fsdp=4", "mesh.tensor=4", "train.grad_accum=8", *overrides])
+        where = target("v5e-16").place
+        sizes = axis_sizes(config.mesh, 16)
+        time = predict_step_time(config, sizes, where.chip, where.torus)
+        return predict_memory(config, sizes), time, sent_bytes(Share(config, sizes))
+
+    (all_memory, all_time, all_sent), (memory, time, sent) = at(), at(*LORA)
+    count = num_adapters(load_config("configs/1b.yaml").model, LoraConfig())
+    assert all_memory.weights > 1.5 * memory.weights, "the frozen ones are bfloat16"
+    assert memory.gradients < 4 * 2 * count and memory.gradients < 0.1 * all_memory.gradients, "of adapters alone"
+    assert memory.optimizer < 0.1 * all_memory.optimizer
+    assert memory.embedding == 0 and memory.head < all_memory.head, "tables have no gradients"
+    assert memory.activations == all_memory.activations, "with full remat the inputs of layers, as before"
+    kept = [at(*more, "train.remat=dots")[0].activations for more in ([], LORA)]
+    assert kept[1] > kept[0], "what adapters give is kept beside what their weights give"
+    assert 0.6 < time.products / all_time.products < 0.95, "no product for a gradient of frozen weights"
+    few, more = (at(*LORA, f"lora.rank={rank}")[1].products for rank in (16, 1024))
+    assert few == time.products < more
+    assert 0.6 < sent["fsdp"]["gather"] / all_sent["fsdp"]["gather"] < 0.7, "no scatter of their gradients"
+    assert sent["tensor"]["reduce"] > all_sent["tensor"]["reduce"], "gradients of x are not added before they are sent"
+    update = at(*LORA, "optim.ema=0.9")[0].weights - memory.weights
+    assert update < 0.1 * all_memory.weights, "an average is of adapters"
 
 
 def test_what_layers_keep_grows_with_what_is_not_computed_again():
@@ -321,6 +378,26 @@ def test_what_if_prices_the_alternatives_side_by_side(capsys):
     for bad in (["--law", "none"], ["--kept-tokens", "2"], ["--teacher", "configs/1b.yaml"], ["--scaling", "nowhere"]):
         code, out, err = plan(capsys, "--on", "v5e-16", "--what-if", *bad)
         assert code != 0 and err.strip().splitlines()[-1].startswith("error: "), bad
+
+
+def test_runs_of_adapters_are_planned_and_what_is_not_for_them_is_left_out(capsys):
+    code, out, _ = plan(capsys, "--on", "v5e-16", "--what-if", "--kept-tokens", "0.5", "--json", *LORA)
+    found, all_weights = json.loads(out), json.loads(plan(capsys, "--on", "v5e-16", "--json")[1])
+    first, other = found["plans"][0], all_weights["plans"][0]
+    assert code == 0 and "stage" not in first["mesh"], "pipelines do not go with lora"
+    assert first["memory_bytes"]["optimizer"] < 0.2 * other["memory_bytes"]["optimizer"]
+    ways = {row["name"]: row for row in found["what_if"]}
+    assert list(ways) == ["as configured", "int8", "deduplicated data"]
+    assert "smaller and compute-optimal ones are left out" in ways["as configured"]["assumption"]
+    assert ways["as configured"]["expected_loss"] is None
+    assert ways["as configured"]["low"]["days"] == pytest.approx(first["low"]["days"], rel=1e-3)
+    per_token = flops_per_token(load_config("configs/1b.yaml", LORA))
+    assert ways["as configured"]["flops"] == pytest.approx(25e9 * per_token, rel=1e-3)
+    for option, value in (("--scaling", "runs/a"), ("--teacher", "configs/llama3_8b.yaml")):
+        code, _, err = plan(capsys, *LORA, "--on", "v5e-16", option, value)
+        assert code == 2 and err.strip() == (
+            f"error: {option} is for models that are trained whole, and this run trains adapters (lora)"
+        )
 
 
 def test_machines_of_several_slices():

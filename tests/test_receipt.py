@@ -109,9 +109,15 @@ def test_what_crosses_an_unknown_network_is_a_lower_bound():
     assert ", at least" in str(receipt.foretold(found))
 
 
-def test_adapters_are_trained_without_a_prediction():
-    found = predicted(slice_of("TPU v5 lite", 2, 2, 1), "mesh.fsdp=4", "lora={rank: 4}", "train.init_from=r")
-    assert (found.step_time_s, found.hbm_peak_bytes, found.usd_per_hour) == (None, None, pytest.approx(4.80))
+def test_adapters_are_predicted_as_they_were_planned():
+    lora = ["lora={rank: 4, base_dtype: bfloat16}", "train.init_from=r"]
+    plan = search(load_config("configs/1b.yaml", lora), target("v5e-4").place)[0]
+    found, all_weights = (predicted(slice_of("TPU v5 lite", 2, 2, 1), *plan.overrides, *more) for more in (lora, []))
+    assert found.step_time_s.predicted == pytest.approx(plan.time.total)
+    assert found.hbm_peak_bytes == pytest.approx(plan.memory.peak) and found.hbm_peak_bytes < all_weights.hbm_peak_bytes
+    assert found.memory_bytes["optimizer"] < 0.02 * all_weights.memory_bytes["optimizer"]
+    flops = [r.mfu.predicted * r.step_time_s.predicted for r in (found, all_weights)]
+    assert 0.6 < flops[0] / flops[1] < 0.8, "no gradients of frozen weights among the FLOPs of an MFU"
 
 
 def test_a_broken_file_of_the_user_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -259,3 +265,23 @@ def test_a_run_is_priced_stopped_resumed_calibrated_with_and_predicted(tmp_path,
     told = report_data([run])["runs"][0]
     assert told["receipt"]["step_time_s_ratio"] > 0 and "Predicted and measured" in Path(run, "report.html").read_text()
     assert "; predicted " in text_summary(run)
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_is_predicted_measured_and_calibrated_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MAXLM_CALIBRATION", str(tmp_path / "calibration.json"))
+    maxlm.train(config(tmp_path))
+    base, run = str(tmp_path / "r"), str(tmp_path / "adapters")
+    assert main(["plan", "--calibrate", base]) == 0
+    tree = config(tmp_path, init_from=base).model_dump(mode="json")
+    capsys.readouterr()
+    maxlm.train(maxlm.parse_config({**tree, "run": {**tree["run"], "name": "adapters"}, "lora": {"rank": 4}}))
+    known, all_weights = receipt.read(run), receipt.read(base)
+    assert "; predicted " in capsys.readouterr().out and known.basis.startswith("formulas, fitted to 1 run on ")
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in rows if row.get("receipt"))
+    assert last["predicted_step_time_s"] == known.step_time_s.predicted
+    assert last["step_time_s_ratio"] == pytest.approx(last["step_time_s"] / known.step_time_s.predicted)
+    assert known.memory_bytes["optimizer"] < 0.6 * all_weights.memory_bytes["optimizer"], "at rank 4 of a small model"
+    assert main(["plan", "--calibrate", base, run]) == 0
+    assert "fitted to 2 runs" in factors.read()[known.hardware]["float32"].basis

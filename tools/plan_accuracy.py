@@ -58,6 +58,7 @@ FINE_MOE = {"vocab_size": 50304, "num_layers": 16, "d_model": 2048, "d_ff": 1024
 FINE_MOE |= {"num_experts": 32, "experts_per_token": 4}
 WIDE_MOE = {"vocab_size": 32000, "num_layers": 16, "d_model": 1536, "d_ff": 4096, "num_heads": 12, "num_kv_heads": 4}
 WIDE_MOE |= {"num_experts": 8, "experts_per_token": 2}
+LORA = ("train.init_from=none", "lora.rank=16", "lora.base_dtype=bfloat16")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ FITTED = {
     "1b-v4": Case("v4-32", LLAMA_1B, 32, 4096),
     "1b-dots-v4": Case("v4-32", LLAMA_1B, 32, 4096, ("train.remat=dots",)),
     "7b-v5p": Case("v5p-16", LLAMA2_7B, 32, 4096),
+    "1b-lora": Case("v5e-16", LLAMA_1B, 32, 2048, LORA),
 }
 """The programs that the formulas' constants were read from."""
 CASES = {
@@ -119,6 +121,10 @@ CASES = {
     "8b-v6e": Case("v6e-16", LLAMA_8B, 16, 8192),
     "8b-context-v5p": Case("v5p-32", LLAMA_8B, 8, 32768, ("mesh.context=2",)),
     "70b-tensor-v5p": Case("v5p-128", LLAMA_70B, 64, 4096, ("mesh.tensor=4",)),
+    "8b-lora": Case("v5e-16", LLAMA_8B, 16, 4096, LORA),
+    "1b-lora-tensor": Case("v5e-8", LLAMA_1B, 16, 2048, ("mesh.tensor=2", *LORA)),
+    "1b-lora-int8": Case("v5e-8", LLAMA_1B, 16, 2048, ("quant.mode=int8", *LORA)),
+    "3b-lora-dots-v5p": Case("v5p-16", LLAMA_3B, 32, 4096, ("train.remat=dots", "lora.targets=[attention.*]", *LORA)),
 }
 """Others, by which they are judged."""
 PUBLISHED = {

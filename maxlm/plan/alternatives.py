@@ -1,5 +1,6 @@
 """Other ways to the same model or loss (what_if.py), planned and priced on a machine."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,15 +8,20 @@ from typing import Any
 from maxlm import units
 from maxlm.config import Config, ModelConfig
 from maxlm.config_file import ConfigError
-from maxlm.flops import num_params, train_flops_per_token
+from maxlm.flops import num_params
 from maxlm.plan import what_if
 from maxlm.plan.laws import Law
-from maxlm.plan.money import Terms, totals
+from maxlm.plan.money import Terms, flops_per_token, totals
 from maxlm.plan.ranges import step_range
 from maxlm.plan.search import search, variants
 from maxlm.plan.table import aligned, between
 from maxlm.plan.targets import Target
 from maxlm.plan.what_if import Alternative
+
+NO_LAW = (
+    "no law tells the loss of adapters: laws are of models trained from nothing, so smaller and compute-optimal ones "
+    "are left out"
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,12 @@ class Priced:
 def ways(
     config: Config, law: Law, teacher: ModelConfig | None, distilled: float | None, kept: float | None
 ) -> list[Alternative]:
-    """The alternatives to a run.
+    """The alternatives to a run. Of one that trains adapters, those of which no law has to tell a loss.
 
     Args:
         config: the run.
         law: tells losses.
-        teacher: a trained, larger model to prune; None leaves that out.
+        teacher: a trained, larger model to prune; None leaves that out, as there must be none of adapters.
         distilled: share of the tokens that distillation takes.
         kept: share of the tokens that deduplication leaves; None leaves that out.
 
@@ -52,16 +58,21 @@ def ways(
     """
     model, train = config.model, config.train
     tokens = float(train.num_steps * train.tokens_per_step)
-    found = [what_if.as_configured(model, train.seq_len, tokens, law), what_if.int8(model, train.seq_len, tokens, law)]
-    for make in (what_if.same_loss, what_if.compute_optimal):
+    of_run = (model, train.seq_len, tokens)
+    known = None if config.lora is not None else law
+    found = [what_if.as_configured(*of_run, known), what_if.int8(*of_run, known)]
+    for make in (what_if.same_loss, what_if.compute_optimal) if known is not None else ():
         try:
-            found.append(make(model, train.seq_len, tokens, law))
+            found.append(make(*of_run, law))
         except ValueError:
             continue  # there is no such model
     if teacher is not None and distilled is not None:
         found.append(what_if.pruned_and_distilled(model, teacher, train.seq_len, tokens, distilled))
     if kept is not None:
-        found.append(what_if.deduplicated(model, train.seq_len, tokens, kept))
+        found.append(what_if.deduplicated(*of_run, kept))
+    if config.lora is not None:
+        found[0] = dataclasses.replace(found[0], assumption=NO_LAW)
+        found = [dataclasses.replace(way, flops_per_token=flops_per_token(config)) for way in found]
     return found
 
 
@@ -81,7 +92,7 @@ def priced(config: Config, found: Sequence[Alternative], where: Target, terms: T
         if best is None or not where.place.fits(best.memory):
             rows.append(Priced(way, None, None, ()))
             continue
-        stretch = way.flops_per_token / train_flops_per_token(way.model, train.seq_len)
+        stretch = way.flops_per_token / flops_per_token(changed)
         taught = where.place.taught(changed)
         ends = step_range(best.time.total, best.time, where.machine.kind, False, taught.spread if taught else None)
         low, high = (totals(best.config, where.whole_chip, where.num_chips, s * stretch, terms) for s in ends)

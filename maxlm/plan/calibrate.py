@@ -104,8 +104,6 @@ def measured(run_dir: str) -> Measured:
     config = load_config(storage.join(run_dir, "config.yaml"))
     sizes = axis_sizes(config.mesh, plan.num_devices)
     check_fit(config, sizes)
-    if config.lora is not None:
-        raise ConfigError(f"{run_dir} trains adapters, for which there are no formulas: leave it out")
     chip, known = chip_of(plan.hardware, plan.share)
     time = predict(config, sizes, chip, known, plan.torus)
     if not time.known:

@@ -102,6 +102,9 @@ def _plan(args: argparse.Namespace) -> int:
         tokens = int(_read(units.number, "--tokens", args.tokens))
         overrides += ["train.steps=null", f"train.tokens={tokens}"]
     config = load_config(args.config, overrides)
+    for option in ("scaling", "teacher") if config.lora is not None else ():
+        if getattr(args, option):
+            raise ConfigError(f"--{option} is for models that are trained whole, and this run trains adapters (lora)")
     _on_cpu()
     from maxlm.plan import alternatives, planner, scaling_cli, table
     from maxlm.report.data import plain

@@ -16,7 +16,6 @@ from maxlm import hardware, storage
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
 from maxlm.hardware import Chip
-from maxlm.parameters import parameters
 from maxlm.plan.memory import MOMENTS, SIZES, Share, kept_per_repeat
 from maxlm.plan.step_time import StepTime, again, predict_step_time
 
@@ -137,18 +136,21 @@ def _traffic(share: Share) -> float:
 
     Passes over arrays of a layer, forward, again, and twice as many backward: of the residual stream those of two norms
     and two sums, of heads rotations and copies, of an MLP what its products write and read and its activation between;
-    what is kept for the backward pass is cleared, written, copied and read. Then logits, sums of gradients, the update.
+    what is kept for the backward pass is cleared, written, copied and read. An adapter reads what its weight reads and
+    adds to what that gives, and backward the same with gradients. Then logits, sums of gradients, the update.
     """
     config, model, train = share.config, share.config.model, share.config.train
     size, tensor, micro = SIZES[model.dtype], share.sizes["tensor"], train.grad_accum
     heads = (model.num_heads / tensor + model.kv_heads / share.kv_split) * model.head_size
     visited = (model.experts_per_token or 0) + model.num_shared_experts
     width = (model.d_ff if model.num_experts is None else visited * model.expert_width) / tensor
-    layer = size * (3 + again(config, share.sizes)) * (12 * model.d_model + 6 * heads + 8 * width)
+    more = again(config, share.sizes)
+    layer = size * (3 + more) * (12 * model.d_model + 6 * heads + 8 * width)
+    adapters = size * ((6 + more) * share.adapted("a") + (6 + 4 * more) * share.adapted("b"))
     logits = 4 * 4 * model.padded_vocab / (tensor * share.sizes["stage"])
-    per_token = layer * share.layers + 4 * kept_per_repeat(config, share) * share.repeats + logits
+    per_token = layer * share.layers + adapters + 4 * kept_per_repeat(config, share) * share.repeats + logits
     gradient, moments = SIZES[train.grad_dtype], MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype]
-    resting = sum(share.resting(path, p) for path, p in parameters(model).items())
+    resting = share.resting(share.trained)
     per_weight = 2 * 4 + 2 * moments + gradient + 3 * gradient * (micro - 1)
     return micro * share.tokens * per_token + resting * per_weight
 

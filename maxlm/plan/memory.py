@@ -6,11 +6,12 @@ pass, and at last that of the embedding, whose activations are gone by then.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from maxlm.config import Config
-from maxlm.parameters import Parameter, parameters
+from maxlm.parameters import Parameter, adapters, parameters
 from maxlm.passes import PART_LOGITS
 from maxlm.sharding import PARAM
 
@@ -29,14 +30,15 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        weights: parameters, and their average where there is one.
+        weights: parameters, those of adapters included, and the average of what is trained where there is one.
         optimizer: its state.
         gathered: weights that are whole over fsdp for the whole step, or for the whole backward pass.
+        adapters: copies of those that take a layer's features, in which a rank fills all LANES.
         gradients: in the type they are kept in.
         activations: what layers keep for the backward pass, of all microbatches that are under way.
         layer: what one repeat of the layers works with in its backward pass, its gathered weights included.
         head: logits, their gradients, and the gathered projection.
-        embedding: its gradient, whole over fsdp: in float32, and in the type it is sent in.
+        embedding: its gradient, whole over fsdp: in float32, and in the type it is sent in; none where it is frozen.
         batch: tokens and what comes with them.
         summed: gradients are there during the loss already, as sums over microbatches.
     """
@@ -44,6 +46,7 @@ class Memory:
     weights: float
     optimizer: float
     gathered: float
+    adapters: float
     gradients: float
     activations: float
     layer: float
@@ -72,6 +75,7 @@ class Memory:
         )
         largest = max(moments, key=lambda parts: sum(parts.values()))
         shown = {"weights": self.weights, "optimizer": self.optimizer, "gathered": self.gathered}
+        shown |= {"adapters": self.adapters} if self.adapters else {}
         return {**shown, **largest, "batch": self.batch}
 
 
@@ -122,32 +126,70 @@ class Share:
         return min(expert, self.config.mesh.capacity_factor or expert)
 
     @property
+    def rank(self) -> int:
+        """Of adapters; 0 where there are none."""
+        return 0 if self.config.lora is None else self.config.lora.rank
+
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """What has gradients: all parameters, or with lora the adapters alone."""
+        model, lora = self.config.model, self.config.lora
+        return parameters(model) if lora is None else adapters(model, lora)
+
+    @property
+    def frozen(self) -> dict[str, Parameter]:
+        """What has none."""
+        return {} if self.config.lora is None else parameters(self.config.model)
+
+    @property
+    def held(self) -> dict[str, Parameter]:
+        """Both."""
+        return {**self.frozen, **self.trained}
+
+    @property
     def kv_split(self) -> int:
         """Devices over which key/value heads are split: none where they are too few."""
         tensor = self.sizes["tensor"]
         return tensor if self.config.model.kv_heads % tensor == 0 else 1
 
-    def resting(self, path: str, parameter: Parameter) -> float:
-        """Elements of a parameter that rest here."""
-        return self._stacked(path, parameter) * self._own(parameter, "")
+    def split(self, letter: str) -> int:
+        """Devices over which a dim of parameters at rest is split."""
+        axis = PARAM[letter]
+        return self.kv_split if letter == "K" else self.sizes[axis] if isinstance(axis, str) else 1
 
-    def in_use(self, path: str, parameter: Parameter) -> float:
+    def resting(self, found: Mapping[str, Parameter]) -> float:
+        """Elements of parameters, by path, that rest here."""
+        return sum(self._stacked(path, p) * self._own(p, "") for path, p in found.items())
+
+    def in_use(self, found: Mapping[str, Parameter]) -> float:
         """The same while they are in use: whole over fsdp."""
-        return self._stacked(path, parameter) * self._own(parameter, "D")
+        return sum(self._stacked(path, p) * self._own(p, "D") for path, p in found.items())
+
+    def adapted(self, side: str, whole: str = "D", among: str = ".*") -> float:
+        """Features that go into adapters (side a), or come out of them (b), all layers together.
+
+        Args:
+            side: a or b.
+            whole: letters of dims that count as if nothing split them: D is whole in use, and split at rest.
+            among: an expression of the adapters' paths.
+        """
+        if not self.rank:
+            return 0.0
+        found = [(path, p) for path, p in self.trained.items() if re.fullmatch(f"{among}/{side}", path)]
+        return sum(self._stacked(path, p) * math.prod(self._shape(p, whole)) for path, p in found) / self.rank
 
     def _stacked(self, path: str, parameter: Parameter) -> int:
         if path.startswith("layers/") and self.sizes["stage"] > 1:
             return self.repeats
-        return math.prod(parameter.shape[: len(parameter.shape) - len(parameter.dims)])
+        return math.prod(parameter.stacked)
 
     def _own(self, parameter: Parameter, whole: str) -> float:
-        shape = [n / (1 if d in whole else self._split(d)) for d, n in zip(parameter.dims, parameter.own, strict=True)]
+        shape = self._shape(parameter, whole)
         filled = min(math.ceil(n / LANES) * LANES / n for n in shape) if len(shape) > 1 else 1  # the best of layouts
         return math.prod(shape) * filled
 
-    def _split(self, letter: str) -> int:
-        axis = PARAM[letter]
-        return self.kv_split if letter == "K" else self.sizes[axis] if isinstance(axis, str) else 1
+    def _shape(self, parameter: Parameter, whole: str) -> list[float]:
+        return [n / (1 if d in whole else self.split(d)) for d, n in zip(parameter.dims, parameter.own, strict=True)]
 
 
 def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
@@ -157,30 +199,44 @@ def predict_memory(config: Config, sizes: Mapping[str, int]) -> Memory:
         config: the run, which fits the mesh (mesh.check_fit).
         sizes: devices per logical axis, from mesh.axis_sizes.
     """
-    share, found, optim, train = Share(config, sizes), parameters(config.model), config.optim, config.train
-    size, resting = SIZES[config.model.dtype], sum(share.resting(path, p) for path, p in found.items())
-    in_use = sum(share.in_use(path, p) for path, p in found.items())
-    of_layers = sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
-    moments = MOMENTS[optim.name] * SIZES[optim.state_dtype] * resting
+    share, optim, train, lora = Share(config, sizes), config.optim, config.train, config.lora
+    trained, frozen, size = share.trained, share.frozen, SIZES[config.model.dtype]
+    layers, others = of_layers(trained), of_layers(trained, False)
+    resting, whole = share.resting(trained), share.gathers_once
+    updated = resting
+    if optim.state_over_data:  # where D divides
+        split = share.resting({path: p for path, p in trained.items() if "D" in p.dims})
+        updated += split / sizes["data"] - split
+    moments = MOMENTS[optim.name] * SIZES[optim.state_dtype] * updated
     if optim.name == "muon":  # embeddings and the like have Adam's two
-        moments += SIZES[optim.state_dtype] * sum(share.resting(k, p) for k, p in found.items() if "layers/" not in k)
-    whole = share.gathers_once
-    gathered = size * in_use if whole else _gathered_layers(share) if _keeps_gathered(share) else 0
-    at_rest = sum(share.resting(path, p) for path, p in found.items() if "layers/" in path)
-    kept = SIZES[train.grad_dtype] if sizes["stage"] == 1 else 4
+        moments += SIZES[optim.state_dtype] * share.resting(others)
+    gathered = size * share.in_use(share.held) if whole else 0
+    elements, kept = share.in_use if whole else share.resting, SIZES[train.grad_dtype]
+    kept, base = (kept, 0) if lora is None else (4, SIZES[lora.base_dtype])
+    kept = 4 if sizes["stage"] > 1 else kept
+    gradients = kept * elements(layers) + 4 * elements(others)
+    if lora is not None and train.grad_accum > 1:
+        gradients *= 2  # those of a microbatch, and their sums
+    embedding = {path: p for path, p in trained.items() if path.startswith("embed")}
     rows = math.prod(sizes[axis] for axis in REPLICAS)
     return Memory(
-        weights=(8 if optim.ema is not None else 4) * resting,
-        optimizer=0 if optim.state_on_host else moments / (sizes["data"] if optim.state_over_data else 1),
-        gathered=gathered,
-        gradients=kept * of_layers + 4 * (in_use - of_layers) if whole else kept * at_rest + 4 * (resting - at_rest),
+        weights=(8 if optim.ema is not None else 4) * resting + base * share.resting(frozen),
+        optimizer=0 if optim.state_on_host else moments,
+        gathered=gathered + (_gathered_layers(share) if _keeps_gathered(share) else 0),
+        adapters=_adapter_copies(share),
+        gradients=gradients,
         activations=_kept_activations(share),
         layer=_layer(share),
         head=_head(share),
-        embedding=(4 + size) * sum(share.in_use(path, p) for path, p in found.items() if path.startswith("embed")),
+        embedding=(4 + size) * share.in_use(embedding),
         batch=4 * 5 * train.tokens_per_step / rows,
         summed=train.grad_accum > 1,
     )
+
+
+def of_layers(found: Mapping[str, Parameter], are: bool = True) -> dict[str, Parameter]:
+    """Parameters of layers, by path; or the others."""
+    return {path: p for path, p in found.items() if ("layers/" in path) == are}
 
 
 def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
@@ -204,7 +260,21 @@ def kept_per_repeat(config: Config, share: Share, mlp: bool = True) -> float:
         "none": count * (size * (8 * D + 2 * Q + 3 * K + 2 * (ups + 1) * F) + sums),
         "offload": 0.0,
     }
-    return policies["full" if share.sizes["stage"] > 1 else config.train.remat]
+    return policies["full" if share.sizes["stage"] > 1 else config.train.remat] + size * _kept_by_adapters(share, mlp)
+
+
+def _kept_by_adapters(share: Share, mlp: bool) -> float:
+    """Features per token that adapters add to these: what is between A and B and, as products are kept, what B gives.
+
+    The last product of an MLP is not asked for.
+    """
+    remat = share.config.train.remat
+    if not share.rank or remat not in ("none", "dots", "minimal"):
+        return 0.0
+    between = share.rank * sum(path.startswith("layers/") and path.endswith("/a") for path in share.trained)
+    names = "attention/.*|.*/(up|gate)" if mlp else "attention/.*"
+    given = share.adapted("b", among=f"layers/[^/]*/({names})") / share.repeats
+    return between + (given if remat != "none" else 0)
 
 
 def routed_rows(share: Share) -> float:
@@ -225,8 +295,13 @@ def _keeps_gathered(share: Share) -> bool:
 
 
 def _gathered_layers(share: Share) -> float:
-    model = share.config.model
-    return SIZES[model.dtype] * sum(share.in_use(path, p) for path, p in parameters(model).items() if "layers/" in path)
+    return SIZES[share.config.model.dtype] * share.in_use(of_layers(share.held))
+
+
+def _adapter_copies(share: Share) -> float:
+    """Float32 copies that the loops over layers read, in which the rank is the last dimension, and filled up."""
+    filled = math.ceil(share.rank / LANES) * LANES
+    return 4 * filled * share.adapted("a", whole="") if filled > share.rank else 0.0
 
 
 def _mlp_width(config: Config, kept: bool = False) -> int:
@@ -259,16 +334,16 @@ def _layer(share: Share) -> float:
     width = 4 * model.d_model + 4 * Q + (3 if model.mlp == "gated" else 2) * F * share.spread
     if share.spread > 1:
         width += 2 * (model.experts_per_token or 0) * model.d_model * share.spread
-    found = {path: p for path, p in parameters(model).items() if path.startswith("layers/")}
-    weights = sum(share.in_use(path, p) for path, p in found.items()) / share.repeats
+    stack = {path: p for path, p in share.held.items() if path.startswith("layers/")}
+    weights = share.in_use(stack) / share.repeats
     return size * (share.tokens * width * count + (0 if share.sizes["stage"] > 1 else 2 * weights))
 
 
 def _head(share: Share) -> float:
-    """The loss: float32 logits of the vocabulary's part that is in memory, and of the projection, gathered."""
+    """The loss: float32 logits of the vocabulary's part that is in memory, and the projection, gathered."""
     model, size = share.config.model, SIZES[share.config.model.dtype]
     logits = share.tokens * model.padded_vocab / (share.sizes["tensor"] * share.sizes["stage"])
-    projection = 2 * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
+    projection = (1 if share.frozen else 2) * size * model.padded_vocab * model.d_model / share.sizes["tensor"]
     projection *= not share.gathers_once  # then it is among what is gathered
     return (4 * logits + projection) / logit_parts(share) + 2 * size * share.tokens * model.d_model
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from maxlm import flops
 from maxlm.config import Config
 from maxlm.hardware import Chip
+from maxlm.parameters import num_adapters
 from maxlm.plan import prices
 from maxlm.plan.prices import Price
 
@@ -47,14 +48,13 @@ def totals(config: Config, chip: Chip, num_chips: int, step_s: float, terms: Ter
     seconds = train.num_steps * step_s / terms.goodput
     tokens_per_s = train.tokens_per_step / step_s
     kwh = prices.energy_kwh(chip.watts, num_chips, seconds / 3600, terms.pue)
-    per_token = flops.train_flops_per_token(config.model, train.seq_len)
     return {
         "days": seconds / DAY_S,
         "usd": prices.cost_usd(num_chips, seconds / 3600, terms.price),
         "usd_per_hour": prices.cost_usd(num_chips, 1.0, terms.price),
         "kwh": kwh,
         "co2e_kg": prices.co2e_kg(kwh, terms.grid_gco2_per_kwh),
-        "mfu": flops.mfu(tokens_per_s, per_token, chip.bf16_flops * num_chips),
+        "mfu": flops.mfu(tokens_per_s, flops_per_token(config), chip.bf16_flops * num_chips),
         "tokens_per_s": tokens_per_s,
     }
 
@@ -73,5 +73,10 @@ def flops_for_usd(usd: float, config: Config, figures: Mapping[str, float | None
 
 def run_flops(config: Config) -> float:
     """Model FLOPs of a whole run."""
-    train = config.train
-    return train.num_steps * train.tokens_per_step * flops.train_flops_per_token(config.model, train.seq_len)
+    return config.train.num_steps * config.train.tokens_per_step * flops_per_token(config)
+
+
+def flops_per_token(config: Config) -> float:
+    """Model FLOPs of a token's forward and backward pass, of adapters too."""
+    model = config.model
+    return flops.train_flops_per_token(model, config.train.seq_len, num_adapters(model, config.lora))

@@ -91,8 +91,6 @@ def predict(
         price=dataclasses.asdict(price) if price else None,
         usd_per_hour=prices.cost_usd(1, num_chips, price),
     )
-    if config.lora is not None:  # the formulas are for runs that train all weights
-        return found
     memory = predict_memory(config, sizes)
     found = found.model_copy(update={"memory_bytes": memory.parts(), "hbm_peak_bytes": memory.peak})
     fitted = _factors(chip.name, config, known, tell)

@@ -6,6 +6,7 @@ weights (fsdp) run beside the layer's products, and cost what they take longer t
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,7 @@ from maxlm.cost import attention_cycles
 from maxlm.flops import attention_flops_per_token
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_dims
-from maxlm.parameters import parameters
-from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, routed_rows, stacked_bytes
+from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, of_layers, routed_rows, stacked_bytes
 
 PRODUCTS = {
     "TPU v5p": 1.065,
@@ -48,6 +48,11 @@ UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
 """Times that an array which a scan keeps for the backward pass goes through memory: copied in, and out again."""
+CYCLES_PER_ADAPTED = {"a": (0.003, 0.016), "b": (0.0125, 0.0055)}
+"""Cycles per token and feature that goes into an adapter (a), or comes out of one (b), forward and backward, beside its
+products: x is read again, what the adapter gives is added to what the weight gives; so are their gradients."""
+BYTES_PER_ADAPTED = {"a": (2, 6), "b": (4, 4)}
+"""Bytes of the same where a chip's cycles are not known, counted."""
 GPUS_PER_NODE = 8
 """Joined by NVLink or its like; what is between nodes is not known."""
 STAND_IN = 10e9
@@ -111,12 +116,13 @@ def predict_step_time(config: Config, sizes: Mapping[str, int], chip: Chip, toru
     share, micro, stages = Share(config, sizes), config.train.grad_accum, sizes["stage"]
     quantized = INT8.get(chip.name, 1.0) if config.quant.mode == "int8" else 1.0
     slower = PRODUCTS.get(chip.name, 1.03)
-    layers = slower * micro * share.layers * _layer_products(share) / chip.bf16_flops * quantized
+    of_weights = share.layers * _layer_products(share) * quantized
+    layers = slower * micro * (of_weights + _adapter_products(share, chip)) / chip.bf16_flops
     head = slower * micro * _head_products(share) / chip.bf16_flops
     attention, memory = _attention(config, sizes, chip), _memory(share, chip)
     idle = (stages - 1) / (config.mesh.rounds * micro) if stages > 1 else 0.0
     bubble = idle * (layers + attention + micro * share.layers * _layer_memory(share, chip))
-    sent = _sent(share)
+    sent = sent_bytes(share)
     wires = {axis: axis_seconds(kinds, chip, torus, sizes, axis) for axis, kinds in sent.items()}
     hidden = wires.get("fsdp")
     if hidden is not None:
@@ -146,12 +152,22 @@ def _layer_products(share: Share) -> float:
     mlp, experts = shared / model.num_layers, routed / model.num_layers
     # the last product of an MLP need not run again: its input is what its gradients ask for; kernels are not kept
     repeated = more * (heads + mlp * (gated - 1) / gated) + experts * (share.config.train.remat != "none")
-    return 2 * share.tokens * model.d_model * (3 * (heads + mlp + experts) + repeated) / tensor
+    passes = 2 if share.frozen else 3  # forward, by the input, and by the weights
+    return 2 * share.tokens * model.d_model * (passes * (heads + mlp + experts) + repeated) / tensor
+
+
+def _adapter_products(share: Share, chip: Chip) -> float:
+    """FLOPs of the adapters' products of all layers, for a microbatch; on TPUs a rank takes as long as all LANES."""
+    filled = LANES if chip.flops_per_cycle else 1
+    rank = math.ceil(share.rank / filled) * filled
+    passes = 3 + again(share.config, share.sizes)
+    return 2 * share.tokens * rank * passes * (share.adapted("a") + share.adapted("b"))
 
 
 def _head_products(share: Share) -> float:
     model, split = share.config.model, share.sizes["tensor"] * share.sizes["stage"]
-    return (6 if logit_parts(share) == 1 else 8) * share.tokens * model.d_model * model.padded_vocab / split
+    passes = (2 if share.frozen else 3) + (logit_parts(share) > 1)
+    return 2 * passes * share.tokens * model.d_model * model.padded_vocab / split
 
 
 def _attention(config: Config, sizes: Mapping[str, int], chip: Chip) -> float:
@@ -189,44 +205,60 @@ def _routing(share: Share, chip: Chip) -> float:
     return rows / model.num_layers * (hidden + exchanged)
 
 
+def _adapters_memory(share: Share, chip: Chip) -> float:
+    """What adapters take beside their products, of all layers, for a microbatch."""
+    costs, rate = BYTES_PER_ADAPTED, chip.hbm_bytes_per_s
+    if chip.flops_per_cycle:
+        costs, rate = CYCLES_PER_ADAPTED, chip.bf16_flops * chip.cores / chip.flops_per_cycle
+    forwards = 1 + again(share.config, share.sizes)
+    passes = {side: forwards * forward + backward for side, (forward, backward) in costs.items()}
+    return share.tokens * sum(share.adapted(side) * cost for side, cost in passes.items()) / rate
+
+
 def _memory(share: Share, chip: Chip) -> float:
-    config, found = share.config, parameters(share.config.model)
-    resting, micro = sum(share.resting(path, p) for path, p in found.items()), config.train.grad_accum
+    config, resting, micro = share.config, share.resting(share.trained), share.config.train.grad_accum
     moments, kept = 2 * MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype], SIZES[config.train.grad_dtype]
-    once = share.gathers_once
+    kept = 4 if share.frozen else kept
+    once, base = share.gathers_once, config.lora and config.lora.base_dtype
+    cast = resting + (share.resting(share.frozen) if base != config.model.dtype else 0)
     update = resting * (2 * 4 + moments + 3 * kept)
-    casts = resting * 6 * 2 * (1 if once else micro)
+    casts = cast * 6 * 2 * (1 if once else micro)
     sums = resting * 3 * kept * (micro - 1)
     split = share.sizes["tensor"] * share.sizes["stage"]
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
     stacked = STACKED * micro * stacked_bytes(share)
     others = update + casts + sums + logits + stacked
-    return micro * share.layers * _layer_memory(share, chip) + others / chip.hbm_bytes_per_s
+    layers = share.layers * _layer_memory(share, chip) + _adapters_memory(share, chip)
+    return micro * layers + others / chip.hbm_bytes_per_s
 
 
 # ---- what crosses wires
 
 
-def _sent(share: Share) -> dict[str, dict[str, float]]:
+def sent_bytes(share: Share) -> dict[str, dict[str, float]]:
     """Bytes of whole arrays that a device's collectives move in a step, by logical axis and kind; see docs/mesh.md."""
     config, sizes, model, train = share.config, share.sizes, share.config.model, share.config.train
-    size, micro, found = SIZES[model.dtype], train.grad_accum, parameters(model)
+    size, micro, trained = SIZES[model.dtype], train.grad_accum, share.trained
     stream, keys = size * share.tokens * model.d_model, share.tokens * model.kv_heads * model.head_size / share.kv_split
     n, stages = sizes["context"], sizes["stage"]
-    layers = sum(share.in_use(path, p) for path, p in found.items() if "layers/" in path)
-    rest = sum(share.in_use(path, p) for path, p in found.items() if "layers/" not in path)
-    resting = sum(share.resting(path, p) for path, p in found.items())
-    experts = sum(share.resting(path, p) for path, p in found.items() if "E" in p.dims)
+    resting = share.resting(trained)
+    experts = share.resting({path: p for path, p in trained.items() if "E" in p.dims})
     once = share.gathers_once
-    gathers = (1 if once else micro) * size * ((2 if once or train.remat == "none" else 3) * layers + 2 * rest)
+    runs, of_pass = (1 if once else micro), (1 if once or train.remat == "none" else 2)
+    split = {path: p for path, p in share.held.items() if "D" in p.dims}
+    gathered = of_pass * share.in_use(of_layers(split)) + share.in_use(of_layers(split, False))
+    scattered = share.in_use({path: p for path, p in trained.items() if "D" in p.dims})
     sums = 4 + (again(config, sizes) > 0)
     visits = stream * (model.experts_per_token or 0) * model.num_expert_layers / model.num_layers
     sent: dict[str, dict[str, float]] = {
         "data": {"reduce": 4 * resting},
         "slice": {"reduce": 4 * resting},
-        "fsdp": {"gather": gathers},
+        "fsdp": {
+            "gather": runs * size * (gathered + scattered),
+            "reduce": runs * size * (share.in_use(trained) - scattered),  # what fsdp does not split
+        },
         "tensor": {
-            "reduce": sums * share.layers * micro * stream,
+            "reduce": micro * (sums * share.layers * stream + _adapters_reduced(share)),
             "gather": micro * size * model.padded_vocab * model.d_model,
         },
         "stage": {
@@ -238,6 +270,24 @@ def _sent(share: Share) -> dict[str, dict[str, float]]:
         "expert": {"exchange": 5 * share.layers * micro * visits, "reduce": 4 * (resting - experts)},
     }
     return {axis: kinds for axis, kinds in sent.items() if sizes[axis] > 1}
+
+
+def _adapters_reduced(share: Share) -> float:
+    """Bytes that adapters add to the sums over tensor, of all layers, for a microbatch.
+
+    Gradients of x by weights beside one another are added before they are summed over devices; what comes by an adapter
+    is whole already, and parts them. What is between A and B is summed in the one pass or in the other.
+    """
+    config, adapted, hidden, sums = share.config, Counter[str](), 0.0, 0
+    beside = Counter(path.rpartition("/")[0] for path, p in share.frozen.items() if p.dims[0] == "D" and p.dims[1:])
+    for path, p in share.trained.items() if share.rank else ():
+        where, _, side = path.rsplit("/", 2)
+        if any(share.split(letter) > 1 for letter in p.dims if letter != "D"):
+            hidden += p.shape[0] * share.rank * (1 + again(config, share.sizes) if side == "a" else 1)
+        if side == "a" and p.dims[0] == "D":
+            adapted[where] += 1
+            sums += p.shape[0] * (adapted[where] < beside[where])
+    return SIZES[config.model.dtype] * share.tokens * (hidden + sums * config.model.d_model)
 
 
 def axis_seconds(
