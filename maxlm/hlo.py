@@ -30,6 +30,8 @@ BYTES = {
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 BETWEEN_SLICES = "send between slices"
 """Kind of what crosses the data-centre network: the TPU compiler makes host transfers of it."""
+GIVEN_UP = 2**63 - 1
+"""Cycles of an operation that the TPU compiler does not know, such as small products beside gathers of int8."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 OPERATION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
@@ -131,7 +133,8 @@ class Operation:
     Attributes:
         name: its name in the program.
         source: where the model asks for it, in the words of its named scopes.
-        cycles: estimated cycles of one run; None of a Pallas kernel, which the compiler does not price.
+        cycles: estimated cycles of one run, 0 where the compiler gives none (GIVEN_UP); None of a Pallas kernel, which
+            it does not price.
         times: how often it runs, trip counts of loops multiplied.
     """
 
@@ -161,7 +164,7 @@ def operations(text: str) -> list[Operation]:
             priced, kernel = re.search(r'"estimated_cycles":"(\d+)"', rest), "tpu_custom_call" in rest
             if priced or kernel:
                 source = re.search(r'op_name="([^"]*)"', rest)
-                cycles = int(priced[1]) if priced else None
+                cycles = int(priced[1]) % GIVEN_UP if priced else None
                 found.append(Operation(own, source[1] if source else "", cycles, times))
             if operation != "fusion":
                 inside = times * _trips(computations, rest) if operation == "while" else times

@@ -134,3 +134,6 @@ def test_operations_are_priced_through_loops_and_kernels_are_not_priced():
         hlo.Operation("kernel", "layer/attention", None, 1),
         hlo.Operation("last", "", 70, 1),
     ]
+    unknown = 'backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}'
+    text = program(f"  %last = f32[4]{{0}} fusion(%c), calls=%g, {unknown}")
+    assert hlo.operations(text) == [hlo.Operation("last", "", 0, 1)], "the compiler's word for what it does not know"
