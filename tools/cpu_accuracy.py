@@ -37,7 +37,7 @@ class Case:
         layers: of the model; so are width, the features of its residual stream, and ff those of its MLP.
         batch: sequences of a step.
         length: tokens of each.
-        overrides: mesh, microbatches and remat policy.
+        overrides: mesh, microbatches and remat policy; {folder} is that of the runs before.
     """
 
     layers: int
@@ -60,7 +60,7 @@ class Case:
             "train": {"steps": steps, "batch_size": self.batch, "seq_len": self.length, "compilation_cache": None},
             "eval": {"sample_tokens": 0},
         }
-        return parse_config(tree, list(self.overrides))
+        return parse_config(tree, [text.format(folder=folder) for text in self.overrides])
 
 
 TO_CALIBRATE = {
@@ -78,6 +78,7 @@ TO_TEST = {
     "long": Case(3, 128, 512, 8, 512, ("mesh.fsdp=8",)),
     "micros": Case(2, 192, 384, 32, 128, ("mesh.fsdp=4", "mesh.tensor=2", "train.grad_accum=2")),
     "large": Case(6, 256, 1024, 16, 128, ("mesh.fsdp=2", "mesh.data=4")),
+    "adapters": Case(4, 128, 512, 16, 256, ("mesh.fsdp=8", "lora.rank=8", "train.init_from={folder}/fsdp")),
     "stage": Case(4, 192, 512, 32, 128, ("mesh.fsdp=4", "mesh.stage=2", "train.grad_accum=4")),
 }
 CASES = TO_CALIBRATE | TO_TEST

@@ -216,13 +216,12 @@ def _adapters_memory(share: Share, chip: Chip) -> float:
 
 
 def _memory(share: Share, chip: Chip) -> float:
-    config, resting, micro = share.config, share.resting(share.trained), share.config.train.grad_accum
+    config, lora, micro = share.config, share.config.lora, share.config.train.grad_accum
     moments, kept = 2 * MOMENTS[config.optim.name] * SIZES[config.optim.state_dtype], SIZES[config.train.grad_dtype]
-    kept = 4 if share.frozen else kept
-    once, base = share.gathers_once, config.lora and config.lora.base_dtype
-    cast = resting + (share.resting(share.frozen) if base != config.model.dtype else 0)
+    kept = kept if lora is None else 4
+    resting, rests_cast = share.resting(share.trained), lora is not None and lora.base_dtype == config.model.dtype
     update = resting * (2 * 4 + moments + 3 * kept)
-    casts = cast * 6 * 2 * (1 if once else micro)
+    casts = share.resting(share.trained if rests_cast else share.held) * 6 * 2 * (1 if share.gathers_once else micro)
     sums = resting * 3 * kept * (micro - 1)
     split = share.sizes["tensor"] * share.sizes["stage"]
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
