@@ -201,7 +201,9 @@ def in_parts(memory: Memory) -> dict[str, float]:
 
 def compiled_parts(figures: dict[str, Any]) -> dict[str, float]:
     """The same of what the compiler says: of arguments what pads them is left out."""
-    return _with_work({**figures["arguments"], **figures["buffers_by_part"]})
+    arguments = {**figures["arguments"]}
+    arguments["weights"] += arguments.pop("lora", 0)
+    return _with_work({**arguments, **figures["buffers_by_part"]})
 
 
 def _with_work(parts: dict[str, float]) -> dict[str, float]:
