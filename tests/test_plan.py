@@ -260,6 +260,10 @@ def test_a_model_that_no_mesh_divides_is_refused():
         (["quant.mode=int8"], {"num_experts": 8, "experts_per_token": 2, "num_shared_experts": 1}),
         (["optim.name=adafactor"], {"position": "learned", "max_positions": 128}),
         (["train.gather=step"], {"num_layers": 5, "layer_pattern": ["local", "local", "global"], "sliding_window": 7}),
+        (
+            [*LORA, "lora.targets=['attention.q', 'moe.shared.*']", "quant.mode=int8"],
+            {"num_experts": 8, "experts_per_token": 2, "num_shared_experts": 1, "num_dense_layers": 1},
+        ),
     ],
     ids=str,
 )

@@ -44,12 +44,12 @@ class Priced:
 def ways(
     config: Config, law: Law, teacher: ModelConfig | None, distilled: float | None, kept: float | None
 ) -> list[Alternative]:
-    """The alternatives to a run. Of one that trains adapters, those of which no law has to tell a loss.
+    """The alternatives to a run; of one that trains adapters those alone for which no law has to tell a loss.
 
     Args:
         config: the run.
         law: tells losses.
-        teacher: a trained, larger model to prune; None leaves that out, as there must be none of adapters.
+        teacher: a trained, larger model to prune; None leaves that out. Adapters have none.
         distilled: share of the tokens that distillation takes.
         kept: share of the tokens that deduplication leaves; None leaves that out.
 
