@@ -96,6 +96,7 @@ FITTED = {
     "1b-context": Case("v5e-16", LLAMA_1B, 16, 8192, ("mesh.context=4",)),
     "moe-expert": Case("v5e-16", MOE, 32, 2048, ("mesh.expert=4",)),
     "moe-expert-v5p": Case("v5p-16", FINE_MOE, 32, 4096, ("mesh.expert=4",)),
+    "moe-data": Case("v5e-16", MOE, 32, 2048),
     "1b-v6e": Case("v6e-4", LLAMA_1B, 16, 4096),
     "1b-dots-v6e": Case("v6e-4", LLAMA_1B, 16, 4096, ("train.remat=dots",)),
     "1b-v4": Case("v4-32", LLAMA_1B, 32, 4096),

@@ -282,10 +282,10 @@ def routed_rows(share: Share) -> float:
     return share.tokens * (share.config.model.experts_per_token or 0) * share.spread
 
 
-def stacked_bytes(share: Share) -> float:
-    """Bytes that the scans over the layers keep for a microbatch by a copy; hidden features are written by products."""
+def stacked_bytes(share: Share, hidden: bool) -> float:
+    """Bytes that the scans over the layers keep for a microbatch. Args: hidden: hidden features of MLPs among them."""
     config = share.config
-    kept = share.repeats * share.tokens * kept_per_repeat(config, share, mlp=False)
+    kept = share.repeats * share.tokens * kept_per_repeat(config, share, mlp=hidden)
     return kept + (_gathered_layers(share) if _keeps_gathered(share) else 0)
 
 

@@ -18,6 +18,7 @@ from maxlm.mesh import axis_dims
 from maxlm.plan.memory import LANES, MOMENTS, SIZES, Share, logit_parts, of_layers, routed_rows, stacked_bytes
 
 PRODUCTS = {
+    "TPU v4": 1.1,
     "TPU v5p": 1.065,
     "TPU v6e": 1.3,
     "A100 40GB": 1.15,
@@ -47,7 +48,10 @@ of the stream where rows are exchanged over an axis, which wants them in another
 UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
-"""Times that an array which a scan keeps for the backward pass goes through memory: copied in, and out again."""
+"""Times that an array which a scan keeps for the backward pass goes through memory: copied in, and out again. Hidden
+features are written, and read, by their products."""
+SLICED = {"TPU v6e": 15.0}
+"""The same where all that is kept, hidden features too, is sliced out and turned into another layout."""
 CYCLES_PER_ADAPTED = {"a": (0.003, 0.016), "b": (0.0125, 0.0055)}
 """Cycles per token and feature that goes into an adapter (a), or comes out of one (b), forward and backward, beside its
 products: x is read again, what the adapter gives is added to what the weight gives; so are their gradients."""
@@ -225,7 +229,8 @@ def _memory(share: Share, chip: Chip) -> float:
     sums = resting * 3 * kept * (micro - 1)
     split = share.sizes["tensor"] * share.sizes["stage"]
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
-    stacked = STACKED * micro * stacked_bytes(share)
+    sliced = SLICED.get(chip.name)
+    stacked = (sliced or STACKED) * micro * stacked_bytes(share, hidden=sliced is not None)
     others = update + casts + sums + logits + stacked
     layers = share.layers * _layer_memory(share, chip) + _adapters_memory(share, chip)
     return micro * layers + others / chip.hbm_bytes_per_s
