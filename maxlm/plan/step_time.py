@@ -42,9 +42,11 @@ stream and of the heads: norms, sums, rotations, copies between layouts; from th
 CYCLES_PER_Q, CYCLES_PER_HOP = (0.04, 0.08), (0.135, 0.18)
 """The second in a TPU core's cycles: what heads ask for are mostly copies between layouts, which memory does not slow.
 And what each further shard of a context ring adds to them: its parts of the sums are put together in float32."""
-BYTES_PER_ROUTED, CYCLES_PER_EXCHANGED = 38.0, 0.18
+BYTES_PER_ROUTED, CYCLES_PER_EXCHANGED = 33.0, 0.18
 """Of every row that routed experts have room for, all passes together: bytes per hidden feature, and cycles per feature
 of the stream where rows are exchanged over an axis, which wants them in another layout."""
+COPIED = 6.9
+"""Times that gathered experts go through memory: they are copied into the layout of their kernels."""
 UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
@@ -231,9 +233,18 @@ def _memory(share: Share, chip: Chip) -> float:
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
     sliced = SLICED.get(chip.name)
     stacked = (sliced or STACKED) * micro * stacked_bytes(share, hidden=sliced is not None)
-    others = update + casts + sums + logits + stacked
+    others = update + casts + sums + logits + stacked + COPIED * _gathered_experts(share)
     layers = share.layers * _layer_memory(share, chip) + _adapters_memory(share, chip)
     return micro * layers + others / chip.hbm_bytes_per_s
+
+
+def _gathered_experts(share: Share) -> float:
+    """Bytes of experts' weights that are gathered in a step, each time counted once."""
+    if share.sizes["fsdp"] == 1:
+        return 0.0
+    experts = {path: p for path, p in share.held.items() if "E" in p.dims}
+    times = 1 if share.gathers_once else share.config.train.grad_accum
+    return times * SIZES[share.config.model.dtype] * share.in_use(experts)
 
 
 # ---- what crosses wires
