@@ -1,7 +1,6 @@
 """What buffers of a compiled step are for: gradients, gathered weights, what layers keep, or a place of the model."""
 
 import collections
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -45,9 +44,11 @@ def by_part(found: Sequence[Buffer], program: Program, top: int) -> dict[str, An
 
 
 def _part(buffer: Buffer, place: str, weights: set[tuple[int, ...]], stack: tuple[int, ...]) -> str:
-    """Told by its shape: a weight's (layouts may turn it around), or a stack of the repeats' activations."""
-    shape = _dims([int(n) for n in re.findall(r"\d+", buffer.array[buffer.array.index("[") :])])
-    if tuple(sorted(shape)) in weights:
+    """Told by its shape: a stack of the repeats' activations, or a weight's, whose dims may be turned around."""
+    shape = tuple(int(n) for n in re.findall(r"\d+", buffer.array[buffer.array.index("[") :]))
+    if shape[:2] == stack[:2] and stack[2] in shape[2:]:
+        return ACTIVATIONS
+    if _dims(shape) in weights:
         return GRADIENTS if buffer.array.startswith("f32") or "(backward)" in place else GATHERED
     is_stack = shape[:1] == stack[:1] and all(n in shape[1:] for n in stack[1:])
     if is_stack or place.startswith(("dynamic_update", "broadcast")):
@@ -57,14 +58,14 @@ def _part(buffer: Buffer, place: str, weights: set[tuple[int, ...]], stack: tupl
 
 
 def _weights(program: Program) -> set[tuple[int, ...]]:
-    """Shapes of matrices on a device, dims sorted: as they rest and whole over fsdp, stacked and of one repeat."""
+    """Dims of matrices on a device: as they rest and whole over fsdp, stacked and of one repeat."""
     found = set()
     for leaf in jax.tree.leaves(program.state_shapes["params"]):
         spec = [tuple(name for name in _names(entry) if not name.startswith("fsdp")) for entry in leaf.sharding.spec]
         whole = NamedSharding(leaf.sharding.mesh, PartitionSpec(*(entry or None for entry in spec)))
         for sharding in (leaf.sharding, whole):
             shape = sharding.shard_shape(leaf.shape)
-            found |= {tuple(sorted(_dims(dims))) for dims in (shape, shape[1:])}
+            found |= {_dims(dims) for dims in (shape, shape[1:])}
     return {dims for dims in found if len(dims) > 1}
 
 
@@ -77,8 +78,8 @@ def _stack(program: Program) -> tuple[int, ...]:
 
 
 def _dims(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without ones that lead it."""
-    return tuple(itertools.dropwhile(lambda n: n == 1, shape))
+    """A shape without ones, sorted."""
+    return tuple(sorted(n for n in shape if n > 1))
 
 
 def _names(entry: Any) -> tuple[str, ...]:

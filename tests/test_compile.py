@@ -95,6 +95,9 @@ def test_what_buffers_are_for_is_told_by_their_shapes():
     assert by_part([backward], program, 1)["buffers_by_part"] == {"gradients": 8}
     copied = Buffer("bf16[7,5]", 8, "jit(_step)/jvp()/while/body/dynamic_update_slice", 0, 1)
     assert by_part([copied], program, 1)["buffers_by_part"] == {"activations": 8}, "such as a pipeline's"
+    rounds = program_on(small_config(model={"num_layers": 4}, train={"grad_accum": 2}), stage=2, rounds=2, fsdp=2)
+    of_rounds = [Buffer(array, 8, source, 0, 1) for array in ("f32[2,1,20,28]", "bf16[1,2,20,28]")]
+    assert by_part(of_rounds, rounds, 1)["buffers_by_part"] == {"gradients": 8, "gathered": 8}
 
 
 @pytest.mark.tpu
