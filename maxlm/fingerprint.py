@@ -84,11 +84,11 @@ class Running:
         first = np.full(1, start * GOLDEN % 2**32, np.uint32)  # of each row
         for count, step in (*outer, (-(-size // width), width * stride)):
             first = np.add.outer(first, np.arange(count, dtype=np.uint32) * np.uint32(step * GOLDEN % 2**32)).ravel()
-        rows = max(1, PART // width)
+        rows = max(1, (PART if words.size > SMALL else SMALL) // width)
         for i in range(0, len(first), rows):
             piece, places = words[i * width : (i + rows) * width], first[i : i + rows]
             count = piece.size
-            if count < rows * width:  # one program for all sizes
+            if count < rows * width:  # two programs for all sizes
                 piece, places = (np.resize(x, n) for x, n in ((piece, rows * width), (places, rows)))
             step = np.uint32(stride * GOLDEN % 2**32)
             self._words += np.asarray(_part(piece.reshape(rows, width), places, step, np.uint32(count)))
@@ -102,8 +102,9 @@ class Running:
         return "{:08x}{:08x}".format(*map(int, self._words))
 
 
-PART, ROW = 1 << 20, 256
-"""Elements that Running looks at together, and of those that have one stride, where that can be."""
+PART, SMALL, ROW = 1 << 20, 1 << 12, 256
+"""Elements that Running looks at together, of arrays that are large and small, and of those that have one stride, where
+that can be."""
 
 
 @jax.jit

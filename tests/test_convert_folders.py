@@ -340,8 +340,10 @@ def test_an_array_of_any_strides_is_made_contiguous(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32), np.dtype(np.int8)], ids=str)
-def test_a_fingerprint_taken_in_parts_is_that_of_the_whole(dtype, monkeypatch):
+@pytest.mark.parametrize("small", [3, 12])
+def test_a_fingerprint_taken_in_parts_is_that_of_the_whole(dtype, small, monkeypatch):
     monkeypatch.setattr(fingerprint, "PART", 7)
+    monkeypatch.setattr(fingerprint, "SMALL", small)
     monkeypatch.setattr(fingerprint, "ROW", 2)
     x, running = np.random.default_rng(0).integers(0, 99, (5, 3, 4)).astype(dtype), fingerprint.Running()
     for i in (3, 0, 4, 2, 1):
