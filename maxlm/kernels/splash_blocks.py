@@ -88,6 +88,7 @@ def choose(chip: str | None, head_size: int, kernel: str, mask: Mask) -> Blocks:
     return q, kv, kv
 
 
+@functools.cache  # the search for a mesh asks for the same few ten thousand times
 def cycles(chip: str | None, head_size: int, kernel: str, mask: Mask) -> int | None:
     """Cycles of a kernel with the blocks that choose takes, for a head and a row; None where it goes by rule."""
     cost = _cheapest(chip, head_size, kernel, mask)

@@ -106,18 +106,20 @@ def _plan(args: argparse.Namespace) -> int:
         if getattr(args, option):
             raise ConfigError(f"--{option} is for models that are trained whole, and this run trains adapters (lora)")
     _on_cpu()
-    from maxlm.plan import alternatives, planner, scaling_cli, table
+    from maxlm.plan import advice, alternatives, planner, scaling_cli, table
     from maxlm.report.data import plain
 
     asked, notes = _asked(args, config)
-    found = planner.plan_machines(config, asked, args.top, args.compile, _say, _numerics(args))
+    numerics = _numerics(args)
+    found = planner.plan_machines(config, asked, args.top, args.compile, _say, numerics)
     rows = planner.ordered(planner.nearest(found.rows, deadline_s, None if args.scaling else budget))
-    notes += [table.show_gains(machine, gains) for machine, gains in found.gains.items() if gains] + found.unfit
+    gains = {where.name: advice.gains(config, where.place, best, numerics) for where, best in found.fastest}
+    notes += [table.show_gains(machine, own) for machine, own in gains.items() if own] + found.unfit
     seconds = time.monotonic() - started
     others = _others(args, config, *asked[0]) if args.what_if else []
     bought = _bought(args.scaling, budget, config, rows[0]) if args.scaling else {}
     if args.json:
-        result = {"seconds": seconds, "notes": notes, "gains": found.gains, "plans": [row.as_json() for row in rows]}
+        result = {"seconds": seconds, "notes": notes, "gains": gains, "plans": [row.as_json() for row in rows]}
         what_if = [alternatives.as_json(row) for row in others]
         print(json.dumps({**result, "what_if": what_if, "scaling": plain(bought) or None}))
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from maxlm.config import Config
 from maxlm.config_file import ConfigError
-from maxlm.plan.advice import gains, misfit, would_do
+from maxlm.plan.advice import misfit, would_do
 from maxlm.plan.compile import Compiled, compile_on
 from maxlm.plan.money import DAY_S, Terms, totals
 from maxlm.plan.ranges import step_range
@@ -30,12 +30,12 @@ class Planned:
 
     Attributes:
         rows: the best plans of each.
-        gains: what the numbers that may not change would save (advice.gains), by machine.
+        fastest: by formulas, of each machine that has rows.
         unfit: of each machine without rows, why.
     """
 
     rows: list[Row]
-    gains: dict[str, dict[str, float]]
+    fastest: list[tuple[Target, Plan]]
     unfit: list[str]
 
 
@@ -62,7 +62,7 @@ def plan_machines(
     """
     if num_compiled and not has_compiler():
         say("the TPU compiler is not here (pip install 'maxlm[plan]'): all rows are by formulas alone")
-    found = Planned([], {}, [])
+    found = Planned([], [], [])
     for where, terms in asked:
         try:
             plans = _fitting(config, where, numerics)
@@ -75,7 +75,7 @@ def plan_machines(
             found.unfit.append(str(error))
             continue
         found.rows.extend(rows[:num_rows])
-        found.gains[where.name] = gains(config, where.place, plans[0], numerics)
+        found.fastest.append((where, plans[0]))
     if not found.rows:
         raise ConfigError("\n".join(found.unfit))
     return found
