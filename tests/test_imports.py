@@ -1,6 +1,7 @@
 """Imports go one way, down the data flow, and reach only for packages that pyproject.toml declares."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -140,9 +141,12 @@ def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
+packages_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 def third_party(names: set[str]) -> set[str]:
     """The distributions behind import names, without the standard library and maxlm."""
-    shipped = importlib.metadata.packages_distributions()
+    shipped = packages_distributions()
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"maxlm"}
     found = {distribution(SHIPPED_BY.get(top) or shipped.get(top, [top])[0]) for top in tops}
     return {COMES_WITH.get(name, name) for name in found}
