@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-long test-fast test-oracles lint format lock clean
+.PHONY: help quickstart install test test-long test-all test-fast test-oracles lint format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,10 @@ test: ## run the tests
 test-long: ## run the rest: the parity matrix, TPU programs of every mesh, many hosts, whole programs
 	@tools/venv.sh test
 	$(PYTEST) -m "long and not oracle" $(ARGS)
+
+test-all: ## both in one go
+	@tools/venv.sh test
+	$(PYTEST) -m "not oracle" $(ARGS)
 
 test-fast: ## run only what takes seconds, without the TPU compiler
 	@tools/venv.sh test

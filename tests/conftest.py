@@ -3,6 +3,7 @@
 Everything up to the fixtures has to happen before jax makes its first array.
 """
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -50,8 +51,15 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names a test by the beginning of a long text: the names of all tests go back and forth between processes."""
+    return repr(val[:40]) if isinstance(val, str | bytes) and len(val) > 1000 else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives tests that use libtpu one process, and skips what is not installed, saying how to get it."""
+    """Gives tests that use libtpu one process, begins with those that take long, and skips what is not installed."""
+    # one that takes a minute and comes last leaves the other processes without work
+    items.sort(key=lambda item: not (item.get_closest_marker("long") or item.get_closest_marker("slow")))
     missing = [package for package, module in ORACLES.items() if not _is_installed(module)]
     for item in items:
         if item.get_closest_marker("oracle") and missing:
@@ -64,15 +72,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """Collects garbage less often: tracing makes millions of objects that live on, and each round looks at them all."""
+    gc.collect()
+    gc.freeze()  # what imports have made stays
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder of compiled programs, of one process: jax writes to it without a lock."""
+    return str(tmp_path_factory.mktemp("xla"))
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """A folder of compiled programs: a module's programs of one kind compile once, as in a user's second start."""
+def compiled_once(compiled):
+    """The folder of compiled programs: a module's programs of one kind compile once, as in a user's second start."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
-    folder = str(tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield folder
+    yield compiled
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)

@@ -5,7 +5,8 @@
 #
 # PYTHON is needed only to make the environment (default: python3); given for an existing one of another version, the
 # environment is made again. What is installed is remembered in $VENV/installed-EXTRAS with a checksum of pyproject.toml
-# and the constraints, so that a second call does nothing and a change of either installs again.
+# and the constraints, so that a second call for the same or fewer extras does nothing and a change of either installs
+# again.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -86,9 +87,15 @@ fi
 
 constraints=constraints/py$(version_of "$python" | tr -d .).txt
 inputs=$(cat pyproject.toml "$constraints" | cksum)
-if [ -e "$record" ] && [ "$(cat "$record")" = "$inputs" ]; then
-    exit 0
-fi
+for other in "$venv"/installed-*; do
+    if [ -e "$other" ] && [ "$(cat "$other")" = "$inputs" ]; then
+        lacks=
+        for extra in $(echo "$extras" | tr , ' '); do
+            case ,${other##*/installed-}, in *,"$extra",*) ;; *) lacks=yes ;; esac
+        done
+        [ -n "$lacks" ] || exit 0
+    fi
+done
 
 case $extras in
 *oracles*) size="up to 850 MB to download with torch for CPU, 4 GB with torch for CUDA; several minutes" ;;
