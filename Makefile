@@ -3,11 +3,13 @@
 #   PYTHON=python3.12   the Python that .venv is made with (3.11 to 3.13; default: python3)
 #   VENV=.venv          where the environment lives
 #   JOBS=2              test processes
+#   LONG=yes            make test runs those of test-long, too
 #   ARGS="..."          more arguments for pytest or for the quickstart run
 
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+LONG ?=
 export VENV PYTHON
 
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-long test-all test-fast test-oracles lint format lock clean
+.PHONY: help quickstart install test test-long test-fast test-oracles lint format lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,17 +29,13 @@ quickstart: ## install into .venv and train a small model on this machine
 install: ## install into .venv for development, run nothing
 	@tools/venv.sh test,lint
 
-test: ## run the tests
+test: ## run the tests; LONG=yes: also the rest
 	@tools/venv.sh test
-	$(PYTEST) -m "not oracle and not long" $(ARGS)
+	$(PYTEST) -m "not oracle$(if $(LONG),, and not long)" $(ARGS)
 
 test-long: ## run the rest: the parity matrix, TPU programs of every mesh, many hosts, whole programs
 	@tools/venv.sh test
 	$(PYTEST) -m "long and not oracle" $(ARGS)
-
-test-all: ## both in one go
-	@tools/venv.sh test
-	$(PYTEST) -m "not oracle" $(ARGS)
 
 test-fast: ## run only what takes seconds, without the TPU compiler
 	@tools/venv.sh test
