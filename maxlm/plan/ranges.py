@@ -5,7 +5,7 @@ from maxlm.plan.step_time import STAND_IN, StepTime
 RUN = (0.85, 1.2)
 """Time of a step that runs over that of the compiler's cycles and of wires: its estimates may be too careful, and they
 know no stalls, jitter or input, nor wires that hide less than is taken for granted."""
-FORMULAS = (0.92, 1.35)
+FORMULAS = (0.92, 1.25)
 """The compiler's cycles over what the formulas say of the same program."""
 GPU = (1.0, 2.0)
 """Time of a step on a GPU over what the formulas say, which know neither its attention nor small products."""

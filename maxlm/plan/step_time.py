@@ -46,7 +46,10 @@ BYTES_PER_ROUTED, CYCLES_PER_EXCHANGED = 33.0, 0.18
 """Of every row that routed experts have room for, all passes together: bytes per hidden feature, and cycles per feature
 of the stream where rows are exchanged over an axis, which wants them in another layout."""
 COPIED = 6.9
-"""Times that gathered experts go through memory: they are copied into the layout of their kernels."""
+"""Times that experts go through memory that are gathered by layers: copied into the layout of their kernels."""
+OF_EXPERTS, OF_ROUNDS = 55.0, 20.0
+"""Bytes per weight and tick of a pipeline: experts', which kernels take, are sliced out of all that were gathered, and
+their gradients put in; of others only where a stage has several rounds."""
 UNFUSED = 2.5
 """The first of them where sums over the tensor axis part norms and additions from the products beside them."""
 STACKED = 7.0
@@ -233,18 +236,20 @@ def _memory(share: Share, chip: Chip) -> float:
     logits = 4 * 4 * share.tokens * config.model.padded_vocab / split * micro
     sliced = SLICED.get(chip.name)
     stacked = (sliced or STACKED) * micro * stacked_bytes(share, hidden=sliced is not None)
-    others = update + casts + sums + logits + stacked + COPIED * _gathered_experts(share)
+    others = update + casts + sums + logits + stacked + _taken_out(share)
     layers = share.layers * _layer_memory(share, chip) + _adapters_memory(share, chip)
     return micro * layers + others / chip.hbm_bytes_per_s
 
 
-def _gathered_experts(share: Share) -> float:
-    """Bytes of experts' weights that are gathered in a step, each time counted once."""
-    if share.sizes["fsdp"] == 1:
-        return 0.0
-    experts = {path: p for path, p in share.held.items() if "E" in p.dims}
-    times = 1 if share.gathers_once else share.config.train.grad_accum
-    return times * SIZES[share.config.model.dtype] * share.in_use(experts)
+def _taken_out(share: Share) -> float:
+    """Bytes moved in a step since a layer's weights are no operands as they were gathered."""
+    layers, sizes, micro = of_layers(share.held), share.sizes, share.config.train.grad_accum
+    experts = share.in_use({path: p for path, p in layers.items() if "E" in p.dims})
+    if not share.gathers_once:
+        return COPIED * SIZES[share.config.model.dtype] * micro * experts if sizes["fsdp"] > 1 else 0.0
+    rounds = share.config.mesh.rounds
+    ticks = micro + (sizes["stage"] - 1) / rounds  # that each weight is at work in
+    return ticks * (OF_EXPERTS * experts + OF_ROUNDS * (share.in_use(layers) - experts) * (rounds > 1))
 
 
 # ---- what crosses wires
