@@ -1,5 +1,7 @@
 """How far a run may be from its prediction, by what that rests on; docs/plan.md has the reason of each number."""
 
+import math
+
 from maxlm.plan.step_time import STAND_IN, StepTime
 
 RUN = (0.85, 1.2)
@@ -29,5 +31,11 @@ def step_range(
     elif kind == "gpu":
         low, high = GPU
     else:
-        low, high = RUN if by_compiler else (RUN[0] * FORMULAS[0], RUN[1] * FORMULAS[1])
+        low, high = RUN if by_compiler else _both(RUN, FORMULAS)
     return step_s * low, step_s * high + time.unknown_bytes / STAND_IN
+
+
+def _both(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """The range of a product of two factors that know nothing of each other."""
+    low, high = (math.hypot(a - 1, b - 1) for a, b in zip(one, other, strict=True))
+    return 1 - low, 1 + high
