@@ -342,6 +342,7 @@ def test_a_run_on_a_spot_tpu_goes_on_where_it_was_preempted(cloud, tmp_path, cap
         (["--on", "tpu7x-16"], {}, "TPU7x is to be had in GKE alone"),
         (["--name", "My_Run"], {}, "must be lower-case"),
         (["--poll", "0"], {}, "--poll"),
+        (["--price", "nan"], {}, "--price=nan is to be USD per chip-hour, from 0 to 1,000,000"),
         (["--queue", "q"], {}, "--queue means nothing with --via tpu-vm; it is for gke"),
     ],
 )

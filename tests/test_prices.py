@@ -84,6 +84,7 @@ def test_users_price_their_own_hosts(tmp_path, monkeypatch):
         ("TPU v5e,GCP,,spot,0,2026-11,x", ("usd_per_chip_hour '0'",)),
         ("TPU v5e,GCP,,spot,-1,2026-11,x", ("usd_per_chip_hour '-1'",)),
         ("TPU v5e,GCP,,spot,nan,2026-11,x", ("usd_per_chip_hour 'nan'",)),
+        ("TPU v5e,GCP,,spot,1e308,2026-11,x", ("usd_per_chip_hour '1e308'", "at most 1,000,000")),
         ("TPU v5e,GCP,,spot,700.0,2026-11,x", ("SkyPilot",)),
         ("TPU v5e,GCP,,spot,1,November,x", ("date 'November'", "YYYY-MM")),
         ("TPU v5e,GCP,,spot,1,2026-13,x", ("date '2026-13'",)),
@@ -108,6 +109,8 @@ def test_a_wrong_file_is_named(tmp_path):
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_prices(tmp_path / "bytes.csv")
+    with pytest.raises(ConfigError, match="/dev/zero has more than 1,048,576 bytes"):
+        read_prices("/dev/zero")
 
 
 def test_old_prices_are_said_to_be_old():

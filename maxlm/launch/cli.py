@@ -10,6 +10,7 @@ from maxlm.config_file import ConfigError
 from maxlm.launch import gke, local, record, remote, skypilot, slurm, tools, tpu
 from maxlm.launch.gcloud import Cloud
 from maxlm.launch.job import TARGETS, Job, LaunchError, Options, make_job, price_text
+from maxlm.plan.prices import MAX_USD
 
 TOOLS = {"gke": "kubectl", "slurm": "sbatch", "skypilot": "sky"}
 VERBS = ("status", "logs", "stop")
@@ -109,8 +110,10 @@ def _run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> Options:
     names = {field.name for field in dataclasses.fields(Options)}
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in names}
-    if args.poll <= 0 or args.wait < 0 or (args.price is not None and args.price < 0):
-        raise ConfigError("--poll and --wait are times, and --price is USD per hour; none of them is negative")
+    if args.poll <= 0 or args.wait < 0:
+        raise ConfigError("--poll and --wait are times, and not negative")
+    if args.price is not None and not 0 <= args.price <= MAX_USD:
+        raise ConfigError(f"--price={args.price} is to be USD per chip-hour, from 0 to {MAX_USD:,.0f}")
     zones = tuple(zone for zone in args.zone.split(",") if zone)
     given |= {"zones": zones, "poll_s": args.poll, "wait_s": args.wait * 3600}
     return Options(**given)

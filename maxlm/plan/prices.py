@@ -26,6 +26,8 @@ CPU = "cpu"
 FILE_VARIABLE = "MAXLM_PRICES"
 MAX_BYTES = 1 << 20
 """Of a file of prices."""
+MAX_USD = 1e6
+"""Of a chip-hour; more is a slip."""
 NO_PRICE = 700.0
 """What SkyPilot's catalogue writes where it knows no price of a TPU."""
 
@@ -94,9 +96,11 @@ def read_prices(path: str | Path) -> list[Price]:
     """
     shown = places.redacted(str(path))
     try:
-        if (size := Path(path).stat().st_size) > MAX_BYTES:
-            raise ConfigError(f"{shown} has {size:,} bytes, and a file of prices at most {MAX_BYTES:,}")
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)  # a device or a pipe does not say how long it is
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{shown} has more than {MAX_BYTES:,} bytes, the most that a file of prices may have")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{shown} does not exist; it is to be a CSV file of prices") from None
     except OSError as error:
@@ -190,9 +194,10 @@ def _price(row: dict[str, str], where: str) -> Price:
         usd = float(row["usd_per_chip_hour"])
     except ValueError:
         usd = math.nan
-    if not 0 < usd < math.inf:
+    if not 0 < usd <= MAX_USD:
         wrong = _clip(row["usd_per_chip_hour"])
-        raise ConfigError(f"{where}: usd_per_chip_hour {wrong!r} is to be a number of USD above 0, such as 4.20")
+        limits = f"a number of USD above 0 and at most {MAX_USD:,.0f}, such as 4.20"
+        raise ConfigError(f"{where}: usd_per_chip_hour {wrong!r} is to be {limits}")
     if usd == NO_PRICE:
         raise ConfigError(f"{where}: usd_per_chip_hour 700 is SkyPilot's sign for no price; leave the row out")
     try:
