@@ -322,6 +322,7 @@ def test_json_is_what_the_table_says(capsys):
         (["--on", "v5e-16", "--pue", "nan"], "--pue a number from 1"),
         (["--on", "v5e-16", "--write", "no/where.yaml"], "there is no such folder"),
         (["--on", "0xv5e-16"], "that is no slice at all"),
+        (["--on", "v5e-16", "--kept-tokens", "0.5"], "--kept-tokens is of --what-if; give both"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

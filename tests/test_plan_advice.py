@@ -109,3 +109,19 @@ def test_a_budget_that_only_slower_machines_keep_names_what_the_deadline_costs(c
     said = refusal(capsys, *arguments, *both)
     assert "no plan that keeps the deadline keeps the budget; the cheapest costs" in said and "v5p-64" in said
     assert days_and_dollars(said)[1] > dollars
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--what-if", "--law", "none"], "--law=none is none of chinchilla"),
+        (["--what-if", "--kept-tokens", "nan"], "--kept-tokens=nan is to be a share above 0 and at most 1"),
+        (["--what-if", "--teacher", "configs/llama3_8b.yaml"], "--teacher and --distilled-tokens go together"),
+        (["--what-if", "--teacher", "none.yaml", "--distilled-tokens", "0.1"], "config file none.yaml does not exist"),
+        (["--scaling", "nowhere"], "run folder nowhere does not exist"),
+    ],
+)
+def test_what_is_asked_beside_the_plan_is_checked_before_anything_is_compiled(arguments, sentence, capsys):
+    assert main(["plan", "configs/1b.yaml", "--on", "v5e-16", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and sentence in err

@@ -110,13 +110,13 @@ def _plan(args: argparse.Namespace) -> int:
     from maxlm.report.data import plain
 
     asked, notes = _asked(args, config)
-    numerics = _numerics(args)
+    numerics, ways = _numerics(args), _ways(args, config)
     found = planner.plan_machines(config, asked, args.top, args.compile, _say, numerics)
     rows = planner.ordered(planner.nearest(found.rows, deadline_s, None if args.scaling else budget))
     gains = {where.name: advice.gains(config, where.place, best, numerics) for where, best in found.fastest}
     notes += [table.show_gains(machine, own) for machine, own in gains.items() if own] + found.unfit
     seconds = time.monotonic() - started
-    others = _others(args, config, *asked[0]) if args.what_if else []
+    others = alternatives.priced(config, ways, *asked[0])
     bought = _bought(args.scaling, budget, config, rows[0]) if args.scaling else {}
     if args.json:
         result = {"seconds": seconds, "notes": notes, "gains": gains, "plans": [row.as_json() for row in rows]}
@@ -210,20 +210,28 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--write {args.write}: there is no such folder")
 
 
-def _others(args: argparse.Namespace, config: Any, where: Any, terms: Any) -> list[Any]:
-    """The alternatives on the first machine."""
-    from maxlm.plan import alternatives
+def _ways(args: argparse.Namespace, config: Any) -> list[Any]:
+    """The alternatives that --what-if prices; runs and files that are named are read before anything is searched."""
+    from maxlm.plan import alternatives, scaling
     from maxlm.plan.laws import PUBLISHED
-    from maxlm.plan.scaling import fitted_law
 
+    shares = {"--kept-tokens": args.kept_tokens, "--distilled-tokens": args.distilled_tokens}
+    for option, value in {**shares, "--teacher": args.teacher}.items():
+        if value is not None and not args.what_if:
+            raise ConfigError(f"{option} is of --what-if; give both")
+        if option in shares and value is not None and not 0 < value <= 1:
+            raise ConfigError(f"{option}={value} is to be a share above 0 and at most 1")
     if (args.teacher is None) != (args.distilled_tokens is None):
         raise ConfigError("--teacher and --distilled-tokens go together")
+    if args.scaling:
+        scaling.read_points(args.scaling)
+    if not args.what_if:
+        return []
     if not args.scaling and args.law not in PUBLISHED:
         raise ConfigError(f"--law={args.law} is none of {', '.join(PUBLISHED)}")
-    law = fitted_law(args.scaling) if args.scaling else PUBLISHED[args.law]
+    law = scaling.fitted_law(args.scaling) if args.scaling else PUBLISHED[args.law]
     teacher = None if args.teacher is None else load_config(args.teacher, []).model
-    ways = alternatives.ways(config, law, teacher, args.distilled_tokens, args.kept_tokens)
-    return alternatives.priced(config, ways, where, terms)
+    return alternatives.ways(config, law, teacher, args.distilled_tokens, args.kept_tokens)
 
 
 def _compile(args: argparse.Namespace) -> int:
