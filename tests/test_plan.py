@@ -204,6 +204,7 @@ def test_ranges_are_as_wide_as_what_they_rest_on_is_uncertain():
     assert formulas[0] < 0.86 and formulas[1] > 1.12, "published runs on TPUs, and the compiler's cycles"
     assert gpu[1] > 1.83, "a published run on GPUs"
     assert step_range(1.0, known, "gpu", False, spread=0.25) == (0.8, 1.25), "of runs that were measured"
+    assert step_range(1.0, known, "tpu", False, least_s=0.9) == (0.9, formulas[1]), "no chip is faster than its peak"
     crossing = dataclasses.replace(known, wires={"slice": None}, unknown_bytes=STAND_IN)
     assert step_range(1.0, crossing, "tpu", True) == (compiled[0], pytest.approx(compiled[1] + 1))
 
@@ -304,6 +305,15 @@ def test_json_is_what_the_table_says(capsys):
     assert hours * 3600 == pytest.approx(steps * first["step_time_s"]["low"] / 0.5)
     assert first["low"]["kwh"] is None, "nobody has published what a v5e draws"
     assert sum(first["memory_bytes"].values()) == pytest.approx(first["peak_bytes"])
+
+
+def test_at_best_a_step_takes_what_the_chips_can_do_at_their_peak(capsys):
+    assert main(["plan", "configs/llama3_8b.yaml", "--on", "v5e-64", "--compile", "0", "--top", "1", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["plans"][0]
+    assert first["low"]["mfu"] == pytest.approx(1) and sum(first["step_parts_s"].values()) > first["step_time_s"]["low"]
+    whole = load_config("configs/llama3_8b.yaml", []).train
+    tokens = whole.num_steps * whole.tokens_per_step
+    assert first["low"]["days"] * 86_400 * first["low"]["tokens_per_s"] == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from maxlm.config_file import ConfigError
 from maxlm.flops import num_params
 from maxlm.plan import what_if
 from maxlm.plan.laws import Law
-from maxlm.plan.money import Terms, flops_per_token, totals
+from maxlm.plan.money import Terms, flops_per_token, least_step_s, totals
 from maxlm.plan.ranges import step_range
 from maxlm.plan.search import search, variants
 from maxlm.plan.table import aligned, between
@@ -94,7 +94,9 @@ def priced(config: Config, found: Sequence[Alternative], where: Target, terms: T
             continue
         stretch = way.flops_per_token / flops_per_token(changed)
         taught = where.place.taught(changed)
-        ends = step_range(best.time.total, best.time, where.machine.kind, False, taught.spread if taught else None)
+        spread = taught.spread if taught else None
+        least_s = least_step_s(best.config, where.whole_chip, where.num_chips)
+        ends = step_range(best.time.total, best.time, where.machine.kind, False, spread, least_s)
         low, high = (totals(best.config, where.whole_chip, where.num_chips, s * stretch, terms) for s in ends)
         rows.append(Priced(way, low, high, best.overrides))
     return rows

@@ -76,6 +76,19 @@ def run_flops(config: Config) -> float:
     return config.train.num_steps * config.train.tokens_per_step * flops_per_token(config)
 
 
+def least_step_s(config: Config, chip: Chip, num_chips: int) -> float:
+    """Seconds of a step's model FLOPs at the chips' bf16 peak; 0 where products are quantized, which is faster.
+
+    Args:
+        config: the run.
+        chip: what one whole chip can do.
+        num_chips: that it runs on.
+    """
+    if config.quant.used:
+        return 0.0
+    return config.train.tokens_per_step * flops_per_token(config) / (chip.bf16_flops * num_chips)
+
+
 def flops_per_token(config: Config) -> float:
     """Model FLOPs of a token's forward and backward pass, of adapters too."""
     model = config.model

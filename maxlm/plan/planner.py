@@ -9,7 +9,7 @@ from maxlm.config import Config
 from maxlm.config_file import ConfigError
 from maxlm.plan.advice import misfit, would_do
 from maxlm.plan.compile import Compiled, compile_on
-from maxlm.plan.money import DAY_S, Terms, totals
+from maxlm.plan.money import DAY_S, Terms, least_step_s, totals
 from maxlm.plan.ranges import step_range
 from maxlm.plan.search import Plan, search
 from maxlm.plan.table import Row
@@ -131,7 +131,8 @@ def _row(where: Target, plan: Plan, compiled: Compiled | None, terms: Terms) -> 
         idle = plan.time.attention * (stages - 1) / (plan.config.mesh.rounds * plan.config.train.grad_accum)
         step_s = priced + idle + sum(seconds or 0 for seconds in plan.time.wires.values())
     taught = None if priced else where.place.taught(plan.config)
-    ends = step_range(step_s, plan.time, where.machine.kind, bool(priced), taught.spread if taught else None)
+    spread, least_s = taught.spread if taught else None, least_step_s(plan.config, where.whole_chip, where.num_chips)
+    ends = step_range(step_s, plan.time, where.machine.kind, bool(priced), spread, least_s)
     low, high = (totals(plan.config, where.whole_chip, where.num_chips, seconds, terms) for seconds in ends)
     num_runs, hbm_bytes = taught.num_runs if taught is not None else 0, where.place.chip.hbm_bytes
     return Row(where.name, where.num_chips, plan, compiled, hbm_bytes, ends, low, high, num_runs)

@@ -14,7 +14,7 @@ GPU = (1.0, 2.0)
 
 
 def step_range(
-    step_s: float, time: StepTime, kind: str, by_compiler: bool, spread: float | None = None
+    step_s: float, time: StepTime, kind: str, by_compiler: bool, spread: float | None = None, least_s: float = 0.0
 ) -> tuple[float, float]:
     """Seconds of a step, at best and at worst.
 
@@ -25,6 +25,7 @@ def step_range(
         by_compiler: step_s has the compiler's cycles.
         spread: of a prediction that was fitted to measured runs of this kind of machine: how far, as a share of the
             time, they are from it, on both sides.
+        least_s: what no step can be faster than (money.least_step_s).
     """
     if spread is not None:
         low, high = 1 / (1 + spread), 1 + spread
@@ -32,7 +33,7 @@ def step_range(
         low, high = GPU
     else:
         low, high = RUN if by_compiler else _both(RUN, FORMULAS)
-    return step_s * low, step_s * high + time.unknown_bytes / STAND_IN
+    return min(step_s, max(step_s * low, least_s)), step_s * high + time.unknown_bytes / STAND_IN
 
 
 def _both(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from maxlm.config import Config
 from maxlm.hardware import Chip, detect
 from maxlm.plan import factors, prices
 from maxlm.plan.memory import predict_memory
-from maxlm.plan.money import Terms, totals
+from maxlm.plan.money import Terms, least_step_s, totals
 from maxlm.plan.prices import Price
 from maxlm.plan.ranges import step_range
 from maxlm.receipt import Prediction, Range
@@ -102,9 +102,10 @@ def predict(
     if fitted is not None:
         time, spread, basis = fitted.applied(time, config, sizes, chip), fitted.spread, fitted.basis
     kind = "tpu" if chip.name.startswith("TPU") else "gpu"
-    low, high = step_range(time.total, time, kind, by_compiler=False, spread=spread)
-    steps = [low, time.total, high]
     whole = factors.chip_of(chip.name, 1.0)[0]
+    least_s = least_step_s(config, whole, num_chips) if known else 0.0
+    low, high = step_range(time.total, time, kind, by_compiler=False, spread=spread, least_s=least_s)
+    steps = [low, time.total, high]
     runs = [{"step_time_s": s, **totals(config, whole, num_chips, s, Terms(price))} for s in steps]
     own = 1 - begun / config.train.num_steps  # a branch pays for its own steps
     runs = [{k: x and x * own if k in ("days", "usd") else x for k, x in run.items()} for run in runs]
