@@ -2,11 +2,13 @@
 
 import datetime
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from gcs import gcs_bucket
 
-from maxlm import receipt
+from maxlm import receipt, storage
 from maxlm.cli import main
 from maxlm.config_file import ConfigError, load_config, to_yaml
 from maxlm.hardware import named
@@ -219,6 +221,24 @@ def test_runs_that_teach_nothing_are_refused(kept, tmp_path, capsys, changes, se
     overrides = changes.pop("overrides", [])
     assert main(["plan", "--calibrate", run_folder(tmp_path / "a", 1.3, *overrides, **changes)]) == 2
     assert sentence in capsys.readouterr().err and not kept.exists()
+
+
+def test_a_run_is_read_where_it_was_written_also_in_a_bucket(kept, tmp_path, capsys):
+    run = run_folder(tmp_path / "a", 1.3)
+    with gcs_bucket() as bucket:
+        for file in ("plan.json", "config.yaml", "metrics.jsonl"):
+            storage.write_bytes(f"{bucket}/runs/a/{file}", Path(run, file).read_bytes())
+        assert main(["plan", "--calibrate", f"{bucket}/runs/a"]) == 0
+    assert factors.read()["TPU v5e"]["bfloat16"].products == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("text", [None, "", "model: 3", "model: {flux: 1}", "[1"])
+def test_a_config_that_cannot_be_read_is_named_with_its_run(kept, tmp_path, capsys, text):
+    run = run_folder(tmp_path / "a", 1.3)
+    Path(run, "config.yaml").unlink() if text is None else Path(run, "config.yaml").write_text(text)
+    assert main(["plan", "--calibrate", run_folder(tmp_path / "b", 1.3), run]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {run}/config.yaml") and err.count("\n") == 1 and not kept.exists()
 
 
 def test_what_is_no_run_is_refused(kept, tmp_path, capsys):

@@ -23,7 +23,7 @@ import numpy as np
 
 from maxlm import hardware, receipt, storage, units
 from maxlm.config import Config
-from maxlm.config_file import ConfigError, load_config
+from maxlm.config_file import ConfigError, parse_config, read_yaml
 from maxlm.hardware import Chip
 from maxlm.mesh import axis_sizes, check_fit
 from maxlm.metrics import read_metrics
@@ -101,15 +101,30 @@ def measured(run_dir: str) -> Measured:
     steps = receipt.step_times(times, plan.since_step)
     if len(steps) < LEAST_STEPS:
         raise ConfigError(f"{run_dir} has the times of {len(steps)} steps; {LEAST_STEPS} are needed, after the first")
-    config = load_config(storage.join(run_dir, "config.yaml"))
-    sizes = axis_sizes(config.mesh, plan.num_devices)
-    check_fit(config, sizes)
+    config, sizes = _config(run_dir, plan.num_devices)
     chip, known = chip_of(plan.hardware, plan.share)
     time = predict(config, sizes, chip, known, plan.torus)
     if not time.known:
         raise ConfigError(f"{run_dir} crosses a network of unknown speed, which would count as nothing: leave it out")
     work = work_of(time, config, sizes, chip)
     return Measured(run_dir, plan.hardware, products_type(config), work, statistics.median(steps))
+
+
+def _config(run_dir: str, num_devices: int) -> tuple[Config, dict[str, int]]:
+    """A run's config and the sizes of its mesh, from its folder, which may be in a bucket."""
+    path = storage.join(run_dir, "config.yaml")
+    try:
+        tree = read_yaml(storage.read_bytes(path))
+        if not isinstance(tree, dict):
+            raise ConfigError("it is to hold keys such as 'model:' and 'train:'")
+        config = parse_config(tree)
+        sizes = axis_sizes(config.mesh, num_devices)
+        check_fit(config, sizes)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: the run is not whole") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    return config, sizes
 
 
 def work_of(time: StepTime, config: Config, sizes: Mapping[str, int], chip: Chip) -> dict[str, float]:
