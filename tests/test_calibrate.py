@@ -244,6 +244,8 @@ def test_a_config_that_cannot_be_read_is_named_with_its_run(kept, tmp_path, caps
 def test_what_is_no_run_is_refused(kept, tmp_path, capsys):
     assert main(["plan", "--calibrate", str(tmp_path)]) == 2
     assert "has no plan.json" in capsys.readouterr().err
+    assert main(["plan", "configs/1b.yaml", "--calibrate", run_folder(tmp_path / "a", 1.3)]) == 2
+    assert "--calibrate takes runs alone" in capsys.readouterr().err and not kept.exists()
     assert main(["plan"]) == 2
     assert "needs CONFIG and --on MACHINE, or --calibrate RUN" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """What maxlm plan says of a model that does not fit: by how much, of what, and the smallest machine that would do."""
 
+import errno
 import re
 
 import pytest
@@ -125,3 +126,22 @@ def test_what_is_asked_beside_the_plan_is_checked_before_anything_is_compiled(ar
     assert main(["plan", "configs/1b.yaml", "--on", "v5e-16", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and sentence in err
+
+
+def test_a_price_that_is_not_known_is_named_and_that_no_budget_holds_there(capsys):
+    assert main(["plan", "--compile=0", "--top=1", "configs/1b.yaml", "--on=v5e-16", "--price-kind=spot"]) == 0
+    assert "TPU v5e: no spot price is known: give yours with --prices\n" in capsys.readouterr().out
+    arguments = ["--on=v5e-16", "--provider=Azure", "--budget=1"]
+    assert main(["plan", "--compile=0", "--top=1", "configs/1b.yaml", *arguments]) == 0
+    said = "no on-demand price of Azure is known: give yours with --prices; --budget leaves out none of its rows"
+    assert said in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    arguments = ["configs/1b.yaml", "--on=v5e-16", "--write", str(tmp_path / "planned.yaml")]
+    assert main(["plan", "--compile=0", "--top=1", *arguments]) != 0
+    assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from maxlm import units
+from maxlm import storage, units
 from maxlm.commands import add_command
 from maxlm.config_file import ConfigError, load_config, to_yaml
 
@@ -92,6 +92,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     if args.calibrate:
+        if args.config or args.on:
+            raise ConfigError("--calibrate takes runs alone, neither CONFIG nor --on; plan with them afterwards")
         return _calibrate(args)
     started = time.monotonic()
     _check(args)
@@ -129,8 +131,7 @@ def _plan(args: argparse.Namespace) -> int:
         command = f"maxlm train {shlex.join([args.config, *overrides, *rows[0].plan.overrides])}"
         print("\n".join([*shown, f"planned in {units.duration(seconds)}; to run the first:\n  {command}"]))
     if args.write:
-        with open(args.write, "x", encoding="utf-8") as file:
-            file.write(to_yaml(rows[0].plan.config))
+        storage.write_bytes(args.write, to_yaml(rows[0].plan.config).encode())  # whole or not at all
     return 0
 
 
@@ -162,12 +163,18 @@ def _asked(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[str]]
     asked, notes, known = [], dict[str, None](), factors.read()
     for where in (taught(target(name), known) for name in dict.fromkeys(args.on)):
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
-        notes[f"{where.machine.chip}: {price or 'price unknown: give yours with --prices'}"] = None
+        notes[f"{where.machine.chip}: {price or _no_price(args)}"] = None
         notes |= dict.fromkeys(advice.caveats(config, where))
         if price is not None and (old := prices.stale(price, datetime.date.today())):
             notes[old] = None
         asked.append((where, Terms(price, args.goodput, args.pue, args.grid_gco2_per_kwh)))
     return asked, list(notes)
+
+
+def _no_price(args: argparse.Namespace) -> str:
+    sold = f"{args.price_kind} price{f' of {args.provider}' if args.provider else ''}"
+    kept = "; --budget leaves out none of its rows" if args.budget and not args.scaling else ""
+    return f"no {sold} is known: give yours with --prices{kept}"
 
 
 def _numerics(args: argparse.Namespace) -> tuple[str, ...]:
