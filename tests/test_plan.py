@@ -307,10 +307,11 @@ def test_json_is_what_the_table_says(capsys):
     assert sum(first["memory_bytes"].values()) == pytest.approx(first["peak_bytes"])
 
 
-def test_at_best_a_step_takes_what_the_chips_can_do_at_their_peak(capsys):
+def test_figures_of_a_row_agree_with_each_other(capsys):
     assert main(["plan", "configs/llama3_8b.yaml", "--on", "v5e-64", "--compile", "0", "--top", "1", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)["plans"][0]
-    assert first["low"]["mfu"] == pytest.approx(1) and sum(first["step_parts_s"].values()) > first["step_time_s"]["low"]
+    assert first["high"]["mfu"] < first["low"]["mfu"] <= 1
+    assert first["step_time_s"]["low"] < sum(first["step_parts_s"].values()) < first["step_time_s"]["high"]
     whole = load_config("configs/llama3_8b.yaml", []).train
     tokens = whole.num_steps * whole.tokens_per_step
     assert first["low"]["days"] * 86_400 * first["low"]["tokens_per_s"] == pytest.approx(tokens)
