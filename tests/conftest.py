@@ -81,21 +81,26 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """A folder of compiled programs, of one process: jax writes to it without a lock."""
-    return str(tmp_path_factory.mktemp("xla"))
+    """A folder of compiled programs, which all test processes share."""
+    own = tmp_path_factory.getbasetemp()
+    return str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "xla")
 
 
 @pytest.fixture(scope="module")
 def compiled_once(compiled):
     """The folder of compiled programs: a module's programs of one kind compile once, as in a user's second start."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": compiled,
+        "jax_compilation_cache_max_size": 1 << 33,  # with a limit, jax locks the folder
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     yield compiled
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

@@ -10,6 +10,8 @@ from helpers import assert_same_loss_and_grads, loss_and_grads, perturbed_params
 
 from maxlm.config_file import ConfigError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 MODELS = {
     "llama": {},
     "gpt2": {

@@ -480,8 +480,9 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, store):
 
 
 def user_environment():
-    """The environment without what conftest.py set for the tests."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.startswith("JAX_")}
+    """The environment without what conftest.py set for jax, but that it locks the folder of compiled programs."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    return own | {"JAX_COMPILATION_CACHE_MAX_SIZE": str(jax.config.jax_compilation_cache_max_size)}
 
 
 def start(tmp_path, store, *overrides):
