@@ -42,8 +42,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     given, path = places.redacted(str(path)), Path(path)
     if not path.is_file():
-        near = sorted(str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml"))
-        raise ConfigError(f"config file {given} does not exist" + (f"; here are: {', '.join(near)}" if near else ""))
+        folder = next((p for p in (path, path.parent) if p.is_dir()), Path("configs"))
+        near = sorted(str(p) for p in folder.glob("*.yaml"))
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"config file {given} {wrong}" + (f"; here are: {', '.join(near)}" if near else ""))
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ConfigError(
             f"config file {path} has {size:,} bytes, and a config at most {MAX_BYTES:,}: is it another file?"

@@ -113,6 +113,11 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, word):
         load_config(tmp_path / "c.yaml")
 
 
+def test_a_folder_in_place_of_a_config_is_told_with_what_is_in_it(path):
+    with pytest.raises(ConfigError, match=r"is a folder; here are: .*c\.yaml$"):
+        load_config(path.parent)
+
+
 def test_a_missing_file_names_those_that_are_there(path, capsys):
     assert main(["config", str(path.parent / "d.yaml")]) == 2
     assert "c.yaml" in capsys.readouterr().err
