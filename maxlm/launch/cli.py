@@ -17,10 +17,10 @@ VERBS = ("status", "logs", "stop")
 DESCRIPTION = """Trains the run that CONFIG describes on other machines, under `maxlm supervise`. Prints what it will
 run and what the machine costs, and asks before anything is started. --via tpu-vm and queued-resource watch the run,
 create the TPU anew when it is preempted, and delete it at the end; Ctrl-C only stops watching. The run's folder has to
-be in a bucket: that is what a new machine continues from."""
+be in a bucket: that is what a new machine continues from; so have token stores."""
 EPILOG = """examples:
-  maxlm launch configs/1b.yaml run.root=gs://b/runs --on v5p-128 --via queued-resource --spot --zone us-east5-a
-  maxlm launch configs/1b.yaml run.root=gs://b/runs --on v6e:4x4 --via gke --image REGION-docker.pkg.dev/p/r/maxlm
+  maxlm launch CONFIG run.root=gs://b/runs --on v5p-128 --via queued-resource --spot --zone us-east5-a
+  maxlm launch CONFIG run.root=gs://b/runs --on v6e:4x4 --via gke --image REGION-docker.pkg.dev/p/r/maxlm
   maxlm launch configs/1b.yaml --on h100:16 --via slurm --partition gpu --time 1-00:00:00
   maxlm launch configs/quickstart.yaml --on cpu:2 --via local
   maxlm launch status NAME          how it is, and whether it is billing
