@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -98,6 +99,7 @@ def test_a_finished_run(tmp_path):
     assert "MFU" not in page.text, "no peak is known, so there is no MFU"
     assert text.count("<svg") == 5, "loss (wide and narrow), learning rate, gradient norm, throughput"
     assert "var(--s0)" in text
+    assert not re.search(r"\.pairs th {[^}]*nowrap", text), "long names would leave no room for their values"
     assert "#0101" not in text, "every stand-in color has been replaced"
     for start in range(5):
         ET.fromstring("<svg" + text.split("<svg")[start + 1].split("</svg>")[0] + "</svg>")

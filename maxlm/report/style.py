@@ -57,7 +57,8 @@ th { text-align: left; font-weight: 400; color: var(--muted); }
 td { text-align: right; overflow-wrap: anywhere; }
 th, td { padding: 5px 0; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child > * { border-top: 0; }
-.pairs th { padding-right: 14px; white-space: nowrap; }
+.pairs th { padding-right: 14px; min-width: 13ch; }
+.pairs td { min-width: 8ch; }
 .compare th, .compare td { padding: 7px 14px 7px 0; white-space: nowrap; }
 .compare td, .compare thead th + th { text-align: right; padding: 7px 0 7px 14px; }
 .compare tbody th { color: var(--ink); white-space: normal; min-width: 170px; overflow-wrap: anywhere; }
