@@ -331,7 +331,7 @@ def test_figures_of_a_row_agree_with_each_other(capsys):
         (["--on", "v5e-16", "--price-kind", "cheap"], "--price-kind=cheap is none of"),
         (["--on", "v5e-16", "--prices", "nowhere.csv"], "nowhere.csv does not exist"),
         (["--on", "v5e-16", "--pue", "nan"], "--pue a number from 1"),
-        (["--on", "v5e-16", "--write", "no/where.yaml"], "there is no such folder"),
+        (["--on", "v5e-16", "--write", "no/where.yaml"], "it is to be a file, in a folder that is there"),
         (["--on", "0xv5e-16"], "that is no slice at all"),
         (["--on", "v5e-16", "--kept-tokens", "0.5"], "--kept-tokens is of --what-if; give both"),
     ],

@@ -1,6 +1,7 @@
 """What maxlm plan says of a model that does not fit: by how much, of what, and the smallest machine that would do."""
 
 import errno
+import json
 import re
 
 import pytest
@@ -145,3 +146,20 @@ def test_a_config_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeyp
     arguments = ["configs/1b.yaml", "--on=v5e-16", "--write", str(tmp_path / "planned.yaml")]
     assert main(["plan", "--compile=0", "--top=1", *arguments]) != 0
     assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_names_of_one_machine_are_one(capsys):
+    names = ["--on=v5e-16", "--on=v5litepod-16", "--on=V5E:4x4"]
+    assert main(["plan", "--compile=0", "--top=1", "configs/1b.yaml", *names, "--json"]) == 0
+    assert [plan["machine"] for plan in json.loads(capsys.readouterr().out)["plans"]] == ["v5litepod-16"]
+
+
+def test_of_a_slice_of_chips_whose_links_are_unknown_no_network_between_slices_is_told(capsys):
+    assert main(["plan", "--compile=0", "--top=1", "configs/1b.yaml", "--on=tpu7x-16"]) == 0
+    assert "(between slices or nodes, in TPU7x all)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["no/where.txt", "docs"])
+def test_a_program_that_cannot_be_written_is_not_compiled(capsys, path):
+    assert main(["compile", "configs/1b.yaml", "--on", "v5e-16", "--hlo", path]) == 2
+    assert capsys.readouterr().err == f"error: --hlo {path}: it is to be a file, in a folder that is there\n"

@@ -161,7 +161,8 @@ def _asked(args: argparse.Namespace, config: Any) -> tuple[list[Any], list[str]]
         raise ConfigError(f"--price-kind={args.price_kind} is none of {', '.join(prices.KINDS)}")
     extra = prices.read_prices(args.prices) if args.prices else prices.users_prices()
     asked, notes, known = [], dict[str, None](), factors.read()
-    for where in (taught(target(name), known) for name in dict.fromkeys(args.on)):
+    machines = {where.name: where for where in map(target, args.on)}  # v5e-16 and v5litepod-16 are one
+    for where in (taught(one, known) for one in machines.values()):
         price = prices.find_price(where.machine.chip or "", args.price_kind, args.provider, extra)
         notes[f"{where.machine.chip}: {price or _no_price(args)}"] = None
         notes |= dict.fromkeys(advice.caveats(config, where))
@@ -213,8 +214,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
     if args.write and os.path.exists(args.write):
         raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
-    if args.write and not os.path.isdir(os.path.dirname(args.write) or "."):
-        raise ConfigError(f"--write {args.write}: there is no such folder")
+    if args.write:
+        _check_folder("--write", args.write)
+
+
+def _check_folder(option: str, path: str) -> None:
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ConfigError(f"{option} {path}: it is to be a file, in a folder that is there")
 
 
 def _ways(args: argparse.Namespace, config: Any) -> list[Any]:
@@ -246,6 +252,8 @@ def _compile(args: argparse.Namespace) -> int:
         raise ConfigError("--top is a count from 1")
     if args.quant and args.hlo:
         raise ConfigError("--quant compares several programs; for the text of one set quant.mode and leave out --quant")
+    if args.hlo:
+        _check_folder("--hlo", args.hlo)
     config = load_config(args.config, args.overrides)
     _on_cpu()
     from maxlm import bench, bench_quant

@@ -95,8 +95,8 @@ def show(rows: Sequence[Row]) -> str:
     sent = [f"{units.size(r.plan.time.unknown_bytes)} ({i})" for i, r in enumerate(rows, 1) if not r.plan.time.known]
     if sent:
         lines.append(
-            "> the network between slices or nodes, of which no speed is known, counts as nothing at best and as "
-            f"{STAND_IN / 1e9:.0f} GB/s a device at worst; what each sends over it in a step: {', '.join(sent)}"
+            "> a network of which no speed is known (between slices or nodes, in TPU7x all) counts as nothing at best "
+            f"and as {STAND_IN / 1e9:.0f} GB/s a device at worst; what each sends over it in a step: {', '.join(sent)}"
         )
     return "\n".join(lines)
 
