@@ -175,7 +175,15 @@ def test_runs_of_different_types_teach_their_own(kept, tmp_path, capsys):
     known = factors.read()["TPU v5e"]
     fitted = {name: known[name].products for name in ("bfloat16", "float32", "int8")}
     assert fitted == {"bfloat16": pytest.approx(1.3), "float32": pytest.approx(2.0), "int8": pytest.approx(1.6)}
-    assert "TPU v5e, float32: products 2" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "TPU v5e, float32: products 2" in said.out and "replaced" not in said.err
+
+
+def test_fewer_runs_in_place_of_more_are_told_of(kept, tmp_path, capsys):
+    runs = [run_folder(tmp_path / "a", 1.3), run_folder(tmp_path / "b", 1.4)]
+    main(["plan", "--calibrate", *runs])
+    assert main(["plan", "--calibrate", runs[0]]) == 0
+    assert "what 2 runs taught on" in (err := capsys.readouterr().err) and "is replaced by what 1 taught" in err
 
 
 def test_of_int8_products_that_no_run_has_taught_those_of_bfloat16_are_taken(kept, tmp_path, capsys):

@@ -195,7 +195,15 @@ def _calibrate(args: argparse.Namespace) -> int:
     _on_cpu()
     from maxlm.plan import calibrate, factors
 
+    before = factors.read()
     found = calibrate.calibrate(args.calibrate, datetime.date.today())
+    for one in found:
+        old = before.get(one.hardware, {}).get(one.dtype)
+        if old is not None and old.num_runs > one.factors.num_runs:
+            _say(
+                f"{one.hardware}, {one.dtype}: what {old.num_runs} runs taught on {old.date} is replaced by what "
+                f"{one.factors.num_runs} taught; name all of them to keep it"
+            )
     if args.json:
         print(json.dumps({"file": factors.file_path(), "fits": [calibrate.as_json(one) for one in found]}))
         return 0
