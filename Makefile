@@ -3,13 +3,11 @@
 #   PYTHON=python3.12   the Python that .venv is made with (3.11 to 3.13; default: python3)
 #   VENV=.venv          where the environment lives
 #   JOBS=2              test processes
-#   LONG=yes            make test runs those of test-long, too
 #   ARGS="..."          more arguments for pytest or for the quickstart run
 
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
-LONG ?=
 export VENV PYTHON
 
 BIN := $(VENV)/bin
@@ -29,9 +27,9 @@ quickstart: ## install into .venv and train a small model on this machine
 install: ## install into .venv for development, run nothing
 	@tools/venv.sh test,lint
 
-test: ## run the tests; LONG=yes: also the rest
+test: ## run the tests
 	@tools/venv.sh test
-	$(PYTEST) -m "not oracle$(if $(LONG),, and not long)" $(ARGS)
+	$(PYTEST) -m "not oracle and not long" $(ARGS)
 
 test-long: ## run the rest: the parity matrix, TPU programs of every mesh, many hosts, whole programs
 	@tools/venv.sh test
