@@ -9,6 +9,7 @@ import pytest
 from maxlm.cli import main
 from maxlm.config_file import ConfigError, load_config
 from maxlm.machines import name_of
+from maxlm.plan import planner
 from maxlm.plan.advice import smallest
 from maxlm.plan.search import ROOM, search
 from maxlm.plan.targets import target
@@ -146,6 +147,13 @@ def test_a_config_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeyp
     arguments = ["configs/1b.yaml", "--on=v5e-16", "--write", str(tmp_path / "planned.yaml")]
     assert main(["plan", "--compile=0", "--top=1", *arguments]) != 0
     assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_came_while_plans_were_made_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    path, ordered = tmp_path / "planned.yaml", planner.ordered
+    monkeypatch.setattr(planner, "ordered", lambda rows: path.write_text("mine") and ordered(rows))
+    assert main(["plan", "--compile=0", "--top=1", "configs/1b.yaml", "--on=v5e-16", "--write", str(path)]) == 2
+    assert "it is there already" in capsys.readouterr().err and path.read_text() == "mine"
 
 
 def test_names_of_one_machine_are_one(capsys):

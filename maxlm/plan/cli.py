@@ -131,6 +131,7 @@ def _plan(args: argparse.Namespace) -> int:
         command = f"maxlm train {shlex.join([args.config, *overrides, *rows[0].plan.overrides])}"
         print("\n".join([*shown, f"planned in {units.duration(seconds)}; to run the first:\n  {command}"]))
     if args.write:
+        _check_new(args.write)  # it may have come while plans were compiled
         storage.write_bytes(args.write, to_yaml(rows[0].plan.config).encode())  # whole or not at all
     return 0
 
@@ -220,10 +221,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--top is a count from 1, and --compile one from 0")
     if not (0 < args.goodput <= 1 and 1 <= args.pue < 100 and 0 <= (args.grid_gco2_per_kwh or 0) < 1e5):
         raise ConfigError("--goodput is a share from 0 to 1, --pue a number from 1, and emissions are not negative")
-    if args.write and os.path.exists(args.write):
-        raise ConfigError(f"--write {args.write}: it is there already, and is left as it is")
     if args.write:
+        _check_new(args.write)
         _check_folder("--write", args.write)
+
+
+def _check_new(path: str) -> None:
+    if os.path.exists(path):
+        raise ConfigError(f"--write {path}: it is there already, and is left as it is")
 
 
 def _check_folder(option: str, path: str) -> None:
